@@ -1,0 +1,54 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Run another program: list argv, C locale, a time-out, secrets on standard input only."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import typing as t
+
+from .errors import TdeError
+
+#: Where root's programs are, whatever the caller's PATH says.
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def run_program(
+    argv: t.Sequence[str],
+    *,
+    stdin: bytes = b"",
+    user: str | None = None,
+    timeout: float = 60,
+    ok: t.Collection[int] = (0,),
+    environment: t.Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program and wait for it.
+
+    :param argv: program and arguments; never a secret, every user of the host can read them.
+    :param stdin: what the program reads; the place for a secret.
+    :param user: the operating system's user to become.
+    :param timeout: seconds.
+    :param ok: exit codes that are no error.
+    :raises TdeError: ``command_missing``, ``command_failed``, ``timeout``.
+    """
+    env = {"PATH": _PATH, "LC_ALL": "C", **(environment or {})}
+    identity: dict[str, t.Any] = {}
+    if user is not None:
+        entry = pwd.getpwnam(user)
+        if entry.pw_uid != os.geteuid():
+            identity = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
+        env["HOME"] = entry.pw_dir
+    try:
+        done = subprocess.run(
+            list(argv), input=stdin, capture_output=True, timeout=timeout, env=env, cwd="/", check=False, **identity
+        )
+    except FileNotFoundError:
+        raise TdeError("command_missing", "is not installed", obj=argv[0]) from None
+    except subprocess.TimeoutExpired:
+        raise TdeError("timeout", f"did not end within {timeout:g} seconds", obj=argv[0], kept="It was ended.") from None
+    if done.returncode not in ok:
+        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()[-500:]
+        raise TdeError("command_failed", f"exit code {done.returncode}: {said}", obj=" ".join(argv[:3]), kept="")
+    return done

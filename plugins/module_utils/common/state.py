@@ -1,0 +1,113 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The root-only folder in which a host remembers what must exist and what was done.
+
+========================  ==========================================================
+``registry.json``         tokens and keys that were created or used (pkcs11/registry.py)
+``refused.json``          salted fingerprints of refused PINs (pkcs11/refused.py)
+``journal.jsonl``         every act on a key, hash-chained (common/journal.py)
+``clusters/<name>.json``  a cluster's engine, places and token access, for the next boot
+``store/<name>/``         a cluster's wrapped data keys (keystore/store.py)
+``lock``                  one run at a time
+========================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import typing as t
+
+from .errors import TdeError
+from .files import lock, make_private_directory, read_private, write_atomic
+
+DEFAULT_PATH = "/var/lib/hsm-tde"
+
+#: Names of clusters and data keys: they become file names, so nothing that a path would read.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+def check_name(kind: str, name: str) -> str:
+    """A cluster's or data key's name, if it may become a file name.
+
+    :raises TdeError: ``invalid_option``.
+    """
+    if not NAME.fullmatch(name):
+        raise TdeError("invalid_option", "must be 1 to 63 of A-Z a-z 0-9 _ . - and begin with a letter or digit", obj=f"{kind} {name!r}")
+    return name
+
+
+class StateDirectory:
+    """Paths inside the state directory, and its lock. Making the object touches nothing.
+
+    :param path: absolute path; root-owned, as are its parents.
+    """
+
+    def __init__(self, path: str = DEFAULT_PATH) -> None:
+        if not os.path.isabs(path):
+            raise TdeError("invalid_option", "must be an absolute path", obj=f"state_directory {path!r}")
+        self.path = os.path.normpath(path)
+
+    @property
+    def registry(self) -> str:
+        return os.path.join(self.path, "registry.json")
+
+    @property
+    def refused(self) -> str:
+        return os.path.join(self.path, "refused.json")
+
+    @property
+    def journal(self) -> str:
+        return os.path.join(self.path, "journal.jsonl")
+
+    def store(self, cluster: str) -> str:
+        """The folder of a cluster's wrapped data keys."""
+        return os.path.join(self.path, "store", check_name("cluster", cluster))
+
+    def cluster_record(self, cluster: str) -> str:
+        """The file with a cluster's engine, places and token access (never a secret)."""
+        return os.path.join(self.path, "clusters", check_name("cluster", cluster) + ".json")
+
+    def create(self) -> bool:
+        """Create the folder if it is missing; :returns: whether it was."""
+        return make_private_directory(self.path)
+
+    def exists(self) -> bool:
+        return os.path.isdir(self.path)
+
+    @contextlib.contextmanager
+    def locked(self, wait_seconds: float = 0.0) -> t.Iterator[None]:
+        """One run at a time on this state directory; creates it first.
+
+        :raises TdeError: ``busy``.
+        """
+        self.create()
+        with lock(os.path.join(self.path, "lock"), wait_seconds):
+            yield
+
+
+def read_json(path: str, damaged_code: str, missing: t.Any = None) -> t.Any:
+    """A private JSON file's content, ``missing`` if there is no such file.
+
+    Only the file itself may be missing from an existing or missing folder; every other failure is raised.
+
+    :param damaged_code: the error code for content that is not JSON.
+    """
+    try:
+        raw = read_private(path)
+    except TdeError as exc:
+        if exc.code == "file_absent":
+            return missing
+        raise
+    try:
+        return json.loads(raw)
+    except ValueError:
+        raise TdeError(damaged_code, "is not valid JSON", obj=path, next_step="Restore it from a backup.") from None
+
+
+def write_json(path: str, content: t.Any) -> None:
+    """Write a private JSON file atomically, its folder created if missing."""
+    make_private_directory(os.path.dirname(path))
+    write_atomic(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
