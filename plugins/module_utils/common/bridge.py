@@ -199,6 +199,7 @@ def run_module(
     argument_spec: dict[str, t.Any],
     *,
     libraries: t.Sequence[str] = (),
+    read_only: bool = False,
     **rules: t.Any,
 ) -> None:
     """A module's whole ``main``.
@@ -207,12 +208,17 @@ def run_module(
     :param argument_spec: the options.
     :param libraries: third-party modules that ``act`` imports; looked for before anything is done, and if they
         are missing the module starts again under the environment that the role prerequisites made.
+    :param read_only: the module never changes anything (``_info`` modules and the proof).
     :param rules: ``required_if`` and its kind, ``supports_check_mode``.
     """
     problem = _require(libraries)
     if problem and not has_respawned() and _target_python_trusted():
         respawn_module(TARGET_PYTHON)
     module = TdeModule(argument_spec, **rules)
+    if problem and module.check_mode and problem.code == "library_missing":
+        # A play in check mode on a fresh host: the role prerequisites only said what it would install.
+        module.warn(f"{problem} What this task would change cannot be told before that.")
+        module.exit_json(changed=not read_only, prepared=False, error_code=problem.code)
     if problem:
         module.fail(problem)
     try:
