@@ -50,6 +50,142 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "command_failed": ErrorCode("unreachable", "A program that the step needs ended with an error."),
     "journal_damaged": ErrorCode("damaged", "The journal's hash chain is broken: entries were changed, removed or added."),
     "registry_damaged": ErrorCode("damaged", "The registry of tokens and keys cannot be read."),
+    # pkcs11: the library
+    "library_absent": ErrorCode("absent", "There is no PKCS#11 library at the path given."),
+    "library_unreadable": ErrorCode("refused", "The operating system does not let this user read the PKCS#11 library."),
+    "library_not_trusted": ErrorCode(
+        "refused", "Somebody other than root could replace the PKCS#11 library or a folder it is in; root does not load it."
+    ),
+    "library_wrong_architecture": ErrorCode("unsupported", "The PKCS#11 library was built for another processor or word size."),
+    "library_not_pkcs11": ErrorCode("client_error", "The file is not a shared library with the function C_GetFunctionList."),
+    "library_not_loaded": ErrorCode("unreachable", "The dynamic linker refused the PKCS#11 library; often a library that it needs is missing."),
+    "library_not_started": ErrorCode(
+        "unreachable", "The PKCS#11 library loaded and refused to start: its configuration, service or device is missing."
+    ),
+    "library_environment_conflict": ErrorCode(
+        "client_error", "A PKCS#11 library reads its environment once a process; two environments need two tasks."
+    ),
+    # pkcs11: answers of the library without a code of their own, by cause
+    "pkcs11_absent": ErrorCode("absent", "The token answered that the object, slot or token does not exist."),
+    "pkcs11_refused": ErrorCode("refused", "The token refused: a permission, a policy, or nobody is logged in."),
+    "pkcs11_locked": ErrorCode("locked", "The token is held by another session or user."),
+    "pkcs11_unreachable": ErrorCode("unreachable", "The library, its service or the device did not answer as it should."),
+    "pkcs11_unsupported": ErrorCode("unsupported", "The token cannot do this, or not with these parameters."),
+    "pkcs11_damaged": ErrorCode("damaged", "The token found encrypted data, a wrapped key or a signature invalid."),
+    "pkcs11_client_error": ErrorCode("client_error", "The token found the request malformed or contradictory."),
+    # pkcs11: tokens and PINs
+    "uri_invalid": ErrorCode("client_error", "A PKCS#11 URI does not follow RFC 7512."),
+    "uri_forbidden": ErrorCode("client_error", "A PKCS#11 URI carries a PIN, a PIN's source or a module: refused."),
+    "token_absent": ErrorCode("absent", "No token matches, and the host does not remember that one should."),
+    "token_unreachable": ErrorCode(
+        "unreachable", "The host remembers this token and the library does not list it: unmounted, unplugged or another one in its place."
+    ),
+    "token_ambiguous": ErrorCode("client_error", "More than one token matches; nothing was tried on any of them."),
+    "token_slot_absent": ErrorCode("absent", "No slot with a token that may be initialised."),
+    "token_initialized": ErrorCode("client_error", "The token in the slot holds another label; it is not initialised again."),
+    "token_reinitialize_unsafe": ErrorCode("unsupported", "This token is known to become unusable when it is initialised again."),
+    "token_not_ready": ErrorCode("absent", "The token is not initialised to the end: the user PIN was never set."),
+    "session_open": ErrorCode("client_error", "A defect of this collection: a second session on the token within the first."),
+    "pin_missing": ErrorCode("client_error", "The token asks for a login and no PIN was given."),
+    "pin_length": ErrorCode("client_error", "The PIN is shorter or longer than the token allows; it was not tried."),
+    "pin_refused": ErrorCode("refused", "The token refused the PIN; the try is spent."),
+    "pin_refused_before": ErrorCode("refused", "This token refused this PIN before; it was not tried again."),
+    "pin_tries_low": ErrorCode("locked", "The token says that wrong PINs were entered; no try was made."),
+    "pin_locked": ErrorCode("locked", "The PIN is locked after too many wrong tries."),
+    "pin_expired": ErrorCode("refused", "The token wants a new PIN before it lets anybody work."),
+    "refused_pins_damaged": ErrorCode("damaged", "The list of refused PINs' fingerprints cannot be read; no PIN is tried."),
+    "pin_file_damaged": ErrorCode("damaged", "A file with a PIN is empty or holds more than one line."),
+    # command
+    "file_foreign": ErrorCode("refused", "A file that this collection did not write stands where one of its own would be."),
+    "credential_missing": ErrorCode("absent", "Nobody gave the PIN or passphrase: no source is set, and there is no terminal to ask at."),
+    "terminal_refused": ErrorCode("client_error", "A secret is piped or written to a file, never shown on or typed into a terminal by default."),
+    "cluster_unknown": ErrorCode("absent", "This host has no record of a cluster of that name."),
+    # keystore: the files of wrapped keys
+    "data_key_absent": ErrorCode("absent", "The store has no such data key, and the journal does not know of one."),
+    "key_exists": ErrorCode("client_error", "A data key or wrapped secret of this name exists; it is never made anew over it."),
+    "keystore_unreachable": ErrorCode(
+        "unreachable", "The journal or the registry names keys whose wrapped-key files do not show: a store that is not mounted, or files lost."
+    ),
+    "keystore_truncated": ErrorCode("damaged", "The end of a wrapped-key file is missing."),
+    "keystore_damaged": ErrorCode("damaged", "A wrapped-key file is not what was written: its checksum, its form or a field is wrong."),
+    "keystore_newer": ErrorCode("unsupported", "A wrapped-key file has a newer version than this collection knows."),
+    "keystore_foreign": ErrorCode("damaged", "A wrapped-key file belongs to another cluster, key or secret than its place says."),
+    "keystore_forbidden": ErrorCode(
+        "damaged", "A wrapped-key file names a library, a PIN or a PIN's source; who can write it must not choose the code that root loads."
+    ),
+    "keystore_edited": ErrorCode("damaged", "A wrapped-key file was changed by somebody who does not hold the data key: its HMAC is wrong."),
+    "keystore_rolled_back": ErrorCode("damaged", "A wrapped-key file is an older generation than the journal recorded."),
+    "keystore_unrecorded": ErrorCode(
+        "damaged", "A wrapped-key file is genuine, but not the one that this host wrote last: it came from elsewhere."
+    ),
+    "keystore_too_large": ErrorCode("client_error", "More keyslots, or a longer secret, than a wrapped-key file may hold."),
+    "keyslot_absent": ErrorCode("absent", "The wrapped-key file has no keyslot of this name or kind."),
+    "keyslot_foreign": ErrorCode("damaged", "A keyslot was made for another file or holds another key: copied in, or changed."),
+    "keyslot_last": ErrorCode("client_error", "No other proved keyslot would be left; the data key could never be opened again."),
+    "keyslot_unproved": ErrorCode("client_error", "The keyslot that is to take over was not proved yet."),
+    "keyslot_unsound": ErrorCode("damaged", "A keyslot that was just written does not give the data key back."),
+    "kdf_parameters_refused": ErrorCode("damaged", "A keyslot's key derivation asks for parameters outside the bounds; it was not run."),
+    "kdf_unsupported": ErrorCode("unsupported", "This host cannot run the keyslot's key derivation (FIPS mode forbids scrypt, or too little memory)."),
+    "passphrase_refused": ErrorCode("refused", "The passphrase does not open the keyslot."),
+    "passphrase_length": ErrorCode("client_error", "The passphrase is shorter or longer than a new keyslot may have."),
+    "credential_missing": ErrorCode("client_error", "None of the credentials given fits a keyslot of the file."),
+    # storage: encryption, images and mounts below the database
+    "mount_table_unreadable": ErrorCode("unreachable", "The kernel does not tell what is mounted, or in a form that is not understood."),
+    "fscrypt_unsupported": ErrorCode("unsupported", "The file system or the kernel cannot encrypt directories (fscrypt), or the feature is off."),
+    "fscrypt_key_absent": ErrorCode("absent", "The kernel does not hold the key of an encrypted directory; open the keystore."),
+    "fscrypt_key_invalid": ErrorCode("client_error", "A key for the kernel has the wrong length or another identifier than expected."),
+    "fscrypt_policy_other": ErrorCode("client_error", "The directory is encrypted under another key or in another way; a policy cannot be changed."),
+    "place_not_empty": ErrorCode("client_error", "A directory that is to be encrypted has entries in the clear."),
+    "place_not_directory": ErrorCode("client_error", "A place is a symbolic link or not a directory."),
+    "image_absent": ErrorCode("unreachable", "The host remembers this image and it is not there; no other is made in its place."),
+    "image_foreign": ErrorCode("refused", "The image file holds something that this collection did not make; it is never formatted."),
+    "image_not_private": ErrorCode("refused", "The image has the wrong type, owner, mode or link count, or is attached in part only."),
+    "image_shrink": ErrorCode("client_error", "The image is larger than wished; it is never shrunk."),
+    "mount_point_absent": ErrorCode("unreachable", "The host remembers this directory and it is not there; no other is made in its place."),
+    "mount_point_unsafe": ErrorCode("refused", "Others than root could write to the folder above the encrypted places."),
+    "mount_point_not_empty": ErrorCode("client_error", "Nothing is mounted there and it has entries, which a mount would hide."),
+    "mount_point_taken": ErrorCode("client_error", "Another file system is mounted there."),
+    "mounted_elsewhere": ErrorCode("client_error", "The image is mounted at another place."),
+    "mounted_read_only": ErrorCode("unreachable", "The file system is mounted read-only, which the kernel also does after errors."),
+    "loop_unavailable": ErrorCode("unsupported", "No loop device can be had or asked; containers need them handed in."),
+    # engines: a cluster's record, its places and its server
+    "record_damaged": ErrorCode("damaged", "The record of a cluster cannot be read, or belongs to another cluster."),
+    "engine_unsupported": ErrorCode("unsupported", "This database engine cannot do what was asked for."),
+    "os_user_absent": ErrorCode("absent", "The operating system's user of the database does not exist on the host."),
+    "recovery_keyslot_missing": ErrorCode(
+        "client_error", "A second keyslot is demanded before the first data key; going without is an explicit choice (no_recovery)."
+    ),
+    "keyslot_on_other_token": ErrorCode("client_error", "The keyslot lies in another token than the one that the task names."),
+    "rotation_unsupported": ErrorCode("unsupported", "The keyslot has no master key in a token that could be rotated."),
+    "tag_superseded": ErrorCode("client_error", "The tag names a master key that was replaced by a newer one; it is not taken back."),
+    "place_unreachable": ErrorCode(
+        "unreachable", "The host remembers an encrypted place that does not show: a file system that is not mounted, or another in its stead."
+    ),
+    "place_parent_unsafe": ErrorCode(
+        "refused", "Somebody other than root could replace the place: its parent folder is not root's own, or others can write to it."
+    ),
+    "place_inside_data_directory": ErrorCode("client_error", "A tablespace inside the data directory, or around it, is refused."),
+    "place_foreign": ErrorCode("damaged", "The place is encrypted, but with another key than the one that the store holds for it."),
+    "place_plain": ErrorCode("client_error", "The place is in use and not encrypted; what is there is encrypted by moving it to a new place."),
+    "place_closed": ErrorCode("locked", "The kernel does not hold the place's key: the keystore is closed."),
+    "place_in_use": ErrorCode("locked", "Processes have files of the place open; the kernel keeps the key until they are gone."),
+    "server_running": ErrorCode("locked", "The server runs; closing its keystore under it leads to a crash."),
+    "server_down": ErrorCode("unreachable", "The database server does not answer."),
+    "server_starting": ErrorCode("unreachable", "The database server is starting, stopping or recovering."),
+    "server_refused": ErrorCode("refused", "The database server refused the connection."),
+    "server_failed": ErrorCode("client_error", "The database server answered a statement with an error."),
+    "server_privilege_missing": ErrorCode("refused", "The database role may not do this; a superuser is needed."),
+    "server_is_standby": ErrorCode("client_error", "The server is a standby; tablespaces are created and filled on the primary."),
+    "server_not_local": ErrorCode("client_error", "The server's files do not lie on this host."),
+    "lock_timeout": ErrorCode("locked", "A lock in the database was not had in time."),
+    "move_blocked": ErrorCode("locked", "A relation stayed locked by others through all tries; what was moved stays moved."),
+    "move_unfinished": ErrorCode("unreachable", "After several passes something is still, or again, outside the tablespace."),
+    "tablespace_elsewhere": ErrorCode("client_error", "A tablespace of this name exists at another location."),
+    "tablespace_name_reserved": ErrorCode("client_error", "The name is not possible for a tablespace of users."),
+    "relation_absent": ErrorCode("absent", "A table that is to move does not exist."),
+    "schema_absent": ErrorCode("absent", "A schema that is to move does not exist."),
+    "database_absent": ErrorCode("absent", "A database that is to move does not exist or takes no connections."),
+    "cluster_exists": ErrorCode("client_error", "A packaged cluster of this name exists with another data directory."),
 }
 
 

@@ -17,9 +17,20 @@ CK_ULONG = ctypes.c_ulong
 
 #: Places in CK_FUNCTION_LIST, counted after its version (PKCS#11 v2.40, pkcs11f.h; v3 lists begin with the same).
 _INDEX = {
+    "C_Initialize": 0,
+    "C_Finalize": 1,
+    "C_GetInfo": 2,
+    "C_GetSlotList": 4,
+    "C_GetSlotInfo": 5,
+    "C_GetTokenInfo": 6,
+    "C_GetMechanismList": 7,
+    "C_GetMechanismInfo": 8,
     "C_InitToken": 9,
+    "C_InitPIN": 10,
+    "C_SetPIN": 11,
     "C_CloseAllSessions": 14,
     "C_GetSessionInfo": 15,
+    "C_Login": 18,
     "C_GetAttributeValue": 24,
     "C_FindObjectsInit": 26,
     "C_FindObjects": 27,
