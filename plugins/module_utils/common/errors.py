@@ -95,9 +95,28 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "pin_expired": ErrorCode("refused", "The token wants a new PIN before it lets anybody work."),
     "refused_pins_damaged": ErrorCode("damaged", "The list of refused PINs' fingerprints cannot be read; no PIN is tried."),
     "pin_file_damaged": ErrorCode("damaged", "A file with a PIN is empty or holds more than one line."),
+    # pkcs11: keys and envelopes
+    "key_absent": ErrorCode("absent", "The token lists no such key, and this host does not remember that it should."),
+    "key_unreachable": ErrorCode(
+        "unreachable", "The key must exist and the token does not list it: storage not mounted, another token, or destroyed elsewhere."
+    ),
+    "key_ambiguous": ErrorCode("client_error", "More than one key matches: label and id together must name one."),
+    "key_mismatch": ErrorCode("client_error", "A key with this label exists and is not what was asked for."),
+    "key_foreign": ErrorCode("client_error", "A key with the KEK's label stands in the token and this host did not make it."),
+    "key_in_use": ErrorCode("refused", "A keystore needs the key: destroying it would make data unreadable."),
+    "key_suspended": ErrorCode("refused", "The key's usage flags forbid this use: it was suspended, or made for something else."),
+    "key_not_protected": ErrorCode("refused", "The token made the key readable or fleeting against the request; the key was destroyed again."),
+    "key_value_invalid": ErrorCode("client_error", "The key to import cannot be read, or is not of the type and size asked for."),
+    "destroy_unconfirmed": ErrorCode("client_error", "A key would be destroyed and confirm_destroy does not name its label."),
+    "kek_mismatch": ErrorCode("unreachable", "Another key stands under the KEK's label and id: its check value differs."),
+    "kek_unfit": ErrorCode("refused", "The key is no KEK: not AES, not in the token for good, or readable."),
+    "mechanism_unsupported": ErrorCode("unsupported", "The token can neither AES-GCM nor AES-CBC with padding and HMAC-SHA256 with this key."),
+    "envelope_invalid": ErrorCode("damaged", "A wrapped key is not well-formed."),
+    "envelope_damaged": ErrorCode("damaged", "A wrapped key, or the context it is bound to, is not what was written; the KEK is the right one."),
+    "envelope_newer": ErrorCode("unsupported", "A wrapped key was written by a newer version of this collection."),
     # command
     "file_foreign": ErrorCode("refused", "A file that this collection did not write stands where one of its own would be."),
-    "credential_missing": ErrorCode("absent", "Nobody gave the PIN or passphrase: no source is set, and there is no terminal to ask at."),
+    "pin_source_missing": ErrorCode("absent", "Nobody gave the PIN: the host keeps none for the cluster, and there is no terminal to ask at."),
     "terminal_refused": ErrorCode("client_error", "A secret is piped or written to a file, never shown on or typed into a terminal by default."),
     "cluster_unknown": ErrorCode("absent", "This host has no record of a cluster of that name."),
     # keystore: the files of wrapped keys
@@ -147,6 +166,7 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "mount_point_taken": ErrorCode("client_error", "Another file system is mounted there."),
     "mounted_elsewhere": ErrorCode("client_error", "The image is mounted at another place."),
     "mounted_read_only": ErrorCode("unreachable", "The file system is mounted read-only, which the kernel also does after errors."),
+    "device_unreadable": ErrorCode("unreachable", "The block device below a file cannot be read, so nothing can be proved on it."),
     "loop_unavailable": ErrorCode("unsupported", "No loop device can be had or asked; containers need them handed in."),
     # engines: a cluster's record, its places and its server
     "record_damaged": ErrorCode("damaged", "The record of a cluster cannot be read, or belongs to another cluster."),
