@@ -1,0 +1,212 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What every database engine answers: one interface, plain wishes in, an :class:`Outcome` out.
+
+An engine states in :attr:`Engine.refuses` what it cannot do, each in one sentence; all else it does.
+A wish holds secrets as :class:`Secret`; an outcome, a plan and facts never do.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import typing as t
+
+from ..common.errors import TdeError
+from ..common.plan import Plan, public
+from ..common.secret import Secret
+from ..common.state import StateDirectory
+
+if t.TYPE_CHECKING:
+    from ..pkcs11.token import TokenAccess
+    from ..storage.proof import ProofTarget
+
+
+@dataclasses.dataclass(frozen=True)
+class Connection:
+    """How the database is reached; without host and password the local socket and the operating system's user."""
+
+    host: str | None = None
+    port: int | None = None
+    unix_socket: str | None = None
+    user: str | None = None
+    password: Secret | None = None
+    database: str = "postgres"
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotWish:
+    """A keyslot wished for.
+
+    :param protection: ``token`` or ``passphrase``.
+    :param access: the token, for the protection ``token``.
+    :param passphrase: for the protection ``passphrase``; None if it was not given.
+    """
+
+    name: str
+    protection: str
+    access: TokenAccess | None = None
+    passphrase: Secret | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What all wishes have in common: which cluster, and with what it is reached.
+
+    :param options: the engine's own dictionary, its defaults applied.
+    :param access: the token of the options at top level, or None if neither library nor token was given.
+    :param passphrase: opens keyslots under a passphrase.
+    """
+
+    state: StateDirectory
+    cluster: str
+    options: t.Mapping[str, t.Any]
+    connection: Connection = Connection()
+    access: TokenAccess | None = None
+    passphrase: Secret | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class KeystoreWish:
+    """A keystore ``present``, ``open`` or ``closed``.
+
+    :param update: bring the keyslots of an existing keystore to the wish.
+    :param exclusive: remove keyslots that are not listed.
+    :param no_recovery: go without a second keyslot, on purpose.
+    :param force: close although the server runs.
+    :param pin_source: ``{"kind": none|file|credential, "path": …}``, or None to leave what is recorded.
+    """
+
+    state: str
+    slots: tuple[SlotWish, ...] = ()
+    update: bool = True
+    exclusive: bool = False
+    no_recovery: bool = False
+    force: bool = False
+    pin_source: t.Mapping[str, t.Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MasterKeyWish:
+    """A master key ``present``, or ``rotated`` by a tag or when it is older than ``max_age`` days."""
+
+    state: str
+    tag: str | None = None
+    max_age: int | None = None
+    keyslot: str = "primary"
+
+
+@dataclasses.dataclass(frozen=True)
+class MoveWish:
+    """What moves into a tablespace: ``schema.table`` names and schemas of one database, and whole databases."""
+
+    tables: tuple[str, ...] = ()
+    schemas: tuple[str, ...] = ()
+    databases: tuple[str, ...] = ()
+    database: str = "postgres"
+
+
+@dataclasses.dataclass(frozen=True)
+class TablespaceWish:
+    """An encrypted tablespace."""
+
+    name: str
+    location: str
+    owner: str | None = None
+    move: MoveWish = MoveWish()
+
+
+@dataclasses.dataclass(frozen=True)
+class TablespacesWish:
+    """Encrypted tablespaces, and the keyslots of the data keys that are made for new ones."""
+
+    items: tuple[TablespaceWish, ...]
+    slots: tuple[SlotWish, ...] = ()
+    lock_timeout: float = 10.0
+    no_recovery: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ProofWish:
+    """What is to be proved: tablespaces by name, the data directory, named relations (``database.schema.table``)."""
+
+    tablespaces: tuple[str, ...] = ()
+    data_directory: bool = False
+    relations: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What was done, or in check mode would be: public facts only.
+
+    :param plan: the steps, empty if the wish was met.
+    :param before: public facts; :param after: the same after the run, or as the plan expects them.
+    :param facts: further fields of the result.
+    """
+
+    plan: Plan
+    before: dict[str, t.Any]
+    after: dict[str, t.Any]
+    facts: dict[str, t.Any] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.plan)
+
+    def result(self) -> dict[str, t.Any]:
+        """The outcome as a module returns it."""
+        return {
+            **self.facts,
+            "changed": self.changed,
+            "plan": public(self.plan),
+            "diff": {"before": self.before, "after": self.after},
+            "warnings": self.warnings,
+        }
+
+
+#: What an engine may be asked for.
+CAPABILITIES = ("keystore", "open", "close", "keyslots", "rotate", "tablespaces", "move", "proof")
+
+
+class Engine(abc.ABC):
+    """A database engine.
+
+    :param request: the cluster and how it is reached.
+    """
+
+    #: The name by which users choose it.
+    name: t.ClassVar[str]
+    #: What it cannot do: a capability of CAPABILITIES, and one sentence that says why.
+    refuses: t.ClassVar[t.Mapping[str, str]] = {}
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def require(self, capability: str) -> None:
+        """Refuse what the engine cannot do.
+
+        :raises TdeError: ``engine_unsupported``.
+        """
+        if capability in self.refuses:
+            raise TdeError("engine_unsupported", self.refuses[capability], obj=f"engine {self.name}")
+
+    @abc.abstractmethod
+    def keystore(self, wish: KeystoreWish, *, check: bool) -> Outcome:
+        """Make, open or close the keystore, and bring its keyslots to the wish."""
+
+    @abc.abstractmethod
+    def master_key(self, wish: MasterKeyWish, *, check: bool) -> Outcome:
+        """Set or rotate the master key."""
+
+    @abc.abstractmethod
+    def tablespaces(self, wish: TablespacesWish, *, check: bool) -> Outcome:
+        """Create encrypted tablespaces and move data into them."""
+
+    @abc.abstractmethod
+    def info(self) -> dict[str, t.Any]:
+        """All that can be told without a secret, the gaps in plain words included. Reads only, on any estate."""
+
+    @abc.abstractmethod
+    def proof_targets(self, wish: ProofWish) -> list[ProofTarget]:
+        """The places that a proof looks at."""

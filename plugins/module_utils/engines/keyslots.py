@@ -1,0 +1,302 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Which keyslots must be added, proved and removed: pure functions for every engine whose data keys are wrapped by us.
+
+A change is always: add the new keyslot, prove it, remove the old one. Two keyslots of one name are told apart by
+their ``uid``; after a crash between any two of these steps the next plan does what is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import typing as t
+
+from ..common.errors import TdeError
+from ..common.plan import Plan, Step
+from ..pkcs11.registry import same_serial
+
+TOKEN = "token"  # noqa: S105 - the name of a protection
+PASSPHRASE = "passphrase"  # noqa: S105 - the name of a protection
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A keyslot as it stands in a key file.
+
+    :param created: UTC, ISO 8601; :param proved: when it first gave the data key back, None if it has not.
+    :param opens: whether the credential given for it opens it; None if none was tried.
+    """
+
+    name: str
+    uid: str
+    protection: str
+    created: str
+    proved: str | None = None
+    token_label: str = ""
+    token_serial: str = ""
+    kek_label: str = ""
+    kek_id: str = ""
+    kek_kcv: str = ""
+    opens: bool | None = None
+
+    def on(self, token: Token) -> bool:
+        """Whether the keyslot's KEK lies in that token."""
+        return self.protection == TOKEN and self.token_label == token.label and same_serial(self.token_serial, token.serial)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A data key's public facts.
+
+    :param formerly: keyslots that were removed: the key was once under them.
+    """
+
+    key_id: str
+    check_value: str
+    slots: tuple[Slot, ...]
+    formerly: tuple[Slot, ...] = ()
+
+    def named(self, name: str) -> list[Slot]:
+        """The keyslots of a name, the newest first; a file lists them in the order in which they were added."""
+        return [slot for slot in reversed(self.slots) if slot.name == name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token by what a key file names it."""
+
+    label: str
+    serial: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kek:
+    """A master key that the host remembers in a token; :param since: UTC, ISO 8601.
+
+    A sequence of them is in the order in which they were made: two in one second are told apart by it.
+    """
+
+    token: Token
+    label: str
+    since: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A keyslot wished for.
+
+    :param token: where its KEK lies, and :param kek_label: which one; for a passphrase None and empty.
+    """
+
+    name: str
+    protection: str
+    token: Token | None = None
+    kek_label: str = ""
+
+
+def kek_label(cluster: str, tag: str = "") -> str:
+    """The label of a cluster's master key; a rotation names it by a tag."""
+    return f"hsm-tde.{cluster}.{tag}" if tag else f"hsm-tde.{cluster}"
+
+
+def _labels_on(keys: t.Iterable[Key], keks: t.Sequence[Kek], token: Token | None) -> list[str]:
+    """The labels of the master keys that keyslots name in a token (None: in any), the oldest first."""
+    made = [kek.label for kek in keks if token is None or kek.token == token]
+    slots = [slot for key in keys for slot in key.slots if slot.protection == TOKEN and (token is None or slot.on(token))]
+    ranked = sorted(slots, key=lambda slot: (made.index(slot.kek_label) if slot.kek_label in made else -1, slot.created))
+    return list(dict.fromkeys(slot.kek_label for slot in ranked))
+
+
+def current_label(cluster: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek]) -> str:
+    """Which master key a new keyslot in a token is wrapped under.
+
+    The newest that a keyslot names there; else the newest that the host remembers there for the cluster; else, in a
+    token that is new to the cluster, one with the label of the newest elsewhere, so that its tag is kept.
+    """
+    remembered = [kek.label for kek in keks if kek.token == token]
+    for labels in (_labels_on(keys, keks, token), remembered, _labels_on(keys, keks, None)):
+        if labels:
+            return labels[-1]
+    return kek_label(cluster)
+
+
+def known(label: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek]) -> bool:
+    """Whether a master key must exist in a token: the registry or a keyslot names it. Such a one is never made anew."""
+    return any(kek.token == token and kek.label == label for kek in keks) or label in _labels_on(keys, keks, token)
+
+
+def create_kek(label: str, token: Token, slot: str, why: str) -> Step:
+    """The step that makes a master key for a keyslot."""
+    data = {"kek_label": label, "slot": slot, "token_label": token.label, "token_serial": token.serial}
+    return Step("create_kek", f"master key {label} in token {token.label}", why, data)
+
+
+def _words(slot: Wanted | Slot) -> str:
+    if isinstance(slot, Wanted):
+        return f"under {slot.kek_label} in token {slot.token.label}" if slot.token else "under a passphrase"
+    return f"under {slot.kek_label} in token {slot.token_label}" if slot.protection == TOKEN else "under a passphrase"
+
+
+def add(key_id: str, wanted: Wanted, why: str) -> Plan:
+    """The steps that add and prove a keyslot."""
+    obj = f"keyslot {wanted.name} of data key {key_id}"
+    data = {"key_id": key_id, "name": wanted.name, "protection": wanted.protection, "kek_label": wanted.kek_label}
+    return [Step("add_keyslot", obj, why, data), Step("prove_keyslot", obj, "before anything rests on it", data)]
+
+
+def remove(key_id: str, slot: Slot, why: str) -> Step:
+    """The step that removes a keyslot."""
+    return Step("remove_keyslot", f"keyslot {slot.name} of data key {key_id}", why, {"key_id": key_id, "name": slot.name, "uid": slot.uid})
+
+
+def _fits(slot: Slot, wanted: Wanted) -> bool:
+    if slot.protection != wanted.protection or slot.opens is False:
+        return False
+    return wanted.token is None or slot.on(wanted.token)
+
+
+def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool, no_recovery: bool) -> Plan:
+    """The steps that bring the keyslots of existing keys to the wish: all additions and proofs, then the removals.
+
+    :param exclusive: remove keyslots that are not wished for.
+    :raises TdeError: ``recovery_keyslot_missing`` if the plan would leave a single keyslot where there were more.
+    """
+    additions: Plan = []
+    removals: Plan = []
+    names = {one.name for one in wanted}
+    for key in keys:
+        gone: list[Slot] = []
+        for one in wanted:
+            there = key.named(one.name)
+            fitting = [slot for slot in there if _fits(slot, one)]
+            if not fitting:
+                why = f"is {_words(there[0])}, wished {_words(one)}" if there else f"wished {_words(one)}"
+                additions += add(key.key_id, one, why)
+                gone += there
+                continue
+            keep = fitting[0]
+            if keep.proved is None:
+                additions.append(add(key.key_id, one, "")[1])
+            gone += [slot for slot in there if slot.uid != keep.uid]
+        removals += [remove(key.key_id, slot, "another of its name takes its place") for slot in gone]
+        if exclusive:
+            others = [slot for slot in key.slots if slot.name not in names]
+            removals += [remove(key.key_id, slot, "is not listed and keyslots_exclusive is set") for slot in others]
+            before = {slot.name for slot in key.slots}
+            if others and len(before) > 1 and len(names) == 1 and not no_recovery:
+                raise recovery_missing(f"data key {key.key_id}", "only one keyslot would be left")
+    return additions + removals
+
+
+def recovery_missing(obj: str, reason: str) -> TdeError:
+    """The refusal to go on with one keyslot."""
+    return TdeError(
+        "recovery_keyslot_missing",
+        reason,
+        obj=obj,
+        next_step="List a second keyslot (a passphrase kept off the host, or a second token), or set no_recovery to go without on purpose.",
+    )
+
+
+def demand_recovery(wanted: t.Sequence[Wanted], no_recovery: bool, obj: str) -> None:
+    """Refuse to make a data key that a single keyslot opens.
+
+    :raises TdeError: ``recovery_keyslot_missing``, ``invalid_option``.
+    """
+    if not wanted:
+        raise TdeError("invalid_option", "no keyslot is listed", obj=f"keyslots of {obj}")
+    if len({one.name for one in wanted}) != len(wanted):
+        raise TdeError("invalid_option", "two keyslots of one name are listed", obj=f"keyslots of {obj}")
+    if len(wanted) < 2 and not no_recovery:
+        raise recovery_missing(obj, "its only keyslot would be the only way to the data")
+
+
+def rotate(
+    cluster: str,
+    keys: t.Sequence[Key],
+    keks: t.Sequence[Kek],
+    *,
+    slot: str,
+    token: Token,
+    tag: str | None = None,
+    max_age: int | None = None,
+    today: datetime.date,
+) -> Plan:
+    """The steps that put every data key under one master key: the tag's, a due one's, or the current one.
+
+    The former master keys stay in the token.
+
+    :param slot: the keyslot's name; :param token: where its master key lies.
+    :param tag: names the new master key; :param max_age: days after which the current one is replaced.
+    :param today: the day of the run, UTC.
+    :raises TdeError: ``rotation_unsupported``, ``keyslot_on_other_token``, ``tag_superseded``, ``keyslot_absent``.
+    """
+    _check_rotatable(keys, slot, token)
+    current = current_label(cluster, token, keys, keks)
+    target = current
+    if tag is not None:
+        target = kek_label(cluster, tag)
+        _check_not_superseded(target, current, keys, keks, token)
+    elif max_age is not None and age(current, token, keys, keks, today) > max_age:
+        target = kek_label(cluster, today.strftime("%Y%m%d"))
+    plan: Plan = []
+    if not known(target, token, keys, keks):
+        plan.append(create_kek(target, token, slot, "rotation" if target != current else "the cluster has no master key there"))
+    for key in keys:
+        there = key.named(slot)
+        new = [one for one in there if one.kek_label == target and one.opens is not False]
+        wanted = Wanted(slot, TOKEN, token, target)
+        if not new:
+            plan += add(key.key_id, wanted, f"is {_words(there[0])}")
+        elif new[0].proved is None:
+            plan.append(add(key.key_id, wanted, "")[1])
+        keep = new[0].uid if new else ""
+        plan += [remove(key.key_id, one, f"re-wrapped under {target}") for one in there if one.uid != keep]
+    return plan
+
+
+def _check_rotatable(keys: t.Sequence[Key], slot: str, token: Token) -> None:
+    for key in keys:
+        there = key.named(slot)
+        obj = f"keyslot {slot} of data key {key.key_id}"
+        if not there:
+            raise TdeError("keyslot_absent", "does not exist", obj=obj)
+        if any(one.protection != TOKEN for one in there):
+            raise TdeError(
+                "rotation_unsupported",
+                "is under a passphrase, which has no master key to rotate",
+                obj=obj,
+                next_step="Change the passphrase instead: tde_keystore with the new one in keyslots and the old one in passphrase.",
+            )
+        if any(not one.on(token) for one in there):
+            raise TdeError(
+                "keyslot_on_other_token",
+                f"lies in token {there[0].token_label}, not in {token.label}",
+                obj=obj,
+                next_step="Name that token; or move the keyslot first, with tde_keystore and keyslots.",
+            )
+
+
+def _check_not_superseded(target: str, current: str, keys: t.Sequence[Key], keks: t.Sequence[Kek], token: Token) -> None:
+    if target == current:
+        return
+    made = [kek.label for kek in keks if kek.token == token]
+    formerly = any(slot.kek_label == target and slot.on(token) for key in keys for slot in key.formerly)
+    if formerly or (target in made and current in made and made.index(target) < made.index(current)):
+        raise TdeError(
+            "tag_superseded",
+            f"was replaced by {current}",
+            obj=f"master key {target}",
+            next_step="Rotate under a new tag.",
+        )
+
+
+def age(label: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek], today: datetime.date) -> int:
+    """A master key's age in days: from the registry, else from the oldest keyslot under it; 0 if nothing is known."""
+    times = [kek.since for kek in keks if kek.token == token and kek.label == label]
+    if not times:
+        times = [slot.created for key in keys for slot in (*key.slots, *key.formerly) if slot.kek_label == label and slot.on(token)]
+    if not times:
+        return 0
+    return (today - datetime.date.fromisoformat(min(times)[:10])).days
