@@ -18,25 +18,17 @@ import stat
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.files import os_error, write_atomic
+from ..common.files import os_error
 from . import fscrypt
-from .blocks import FileFacts, Reader, examine, inode_encrypted, look_at_inode, open_device
-from .mounts import RawDevice, mount_of, raw_device
-
-#: A file in the clear beside the encrypted places, which a proof must find on the device (see :func:`write_control`).
-CONTROL_NAME = "hsm-tde.control"
-_CONTROL_BYTES = 64 << 10
-_CONTROL_TEXT = (
-    b"hsm.tde: this file is in the clear on purpose. A proof that could not see it on the device would prove nothing.\n"
-)
+from .blocks import FileFacts, Reader, examine, look_at_inode, open_device
+from .control import candidates, clear_ancestor, control_content, temporary_file
+from .mounts import RawDevice, raw_device
 
 #: What is read of a file and of a place at most, in bytes, and of how many files.
 FILE_BUDGET = 4 << 20
 PLACE_BUDGET = 128 << 20
 MAX_FILES = 256
-
-#: How far the search for a control goes: entries seen, and files tried.
-_CONTROL_ENTRIES = 5000
+#: How many files in the clear are tried until one is found on the device.
 _CONTROL_TRIES = 8
 
 
@@ -199,25 +191,6 @@ def choose(inodes: t.Sequence[FileFacts], rng: random.Random, first: str | None 
     return filled[: most // 2] + rng.sample(filled[most // 2 :], most - most // 2)
 
 
-def write_control(directory: str) -> bool:
-    """Put the file in the clear beside the places, once.
-
-    :param directory: root's own folder on the file system, not encrypted.
-    :returns: whether it was written now.
-    :raises TdeError: as :func:`write_atomic`.
-    """
-    path = os.path.join(directory, CONTROL_NAME)
-    if os.path.lexists(path):
-        return False
-    write_atomic(path, _control_content(), mode=0o644)
-    return True
-
-
-def _control_content() -> bytes:
-    # Text by chance: a file system that compresses, or finds equal blocks, would hide what repeats.
-    return _CONTROL_TEXT + secrets.token_hex((_CONTROL_BYTES - len(_CONTROL_TEXT)) // 2).encode()
-
-
 def relation_files(path: str) -> list[str]:
     """A relation's files from its first: segments (``.1`` …) and forks (``_fsm``, ``_vm``, ``_init``) with theirs.
 
@@ -341,10 +314,10 @@ def _collect(target: ProofTarget, facts: Facts, notes: list[str], canary: bool, 
     with contextlib.ExitStack() as temporary:
         marker, control, first = target.marker, target.control, None
         if canary:
-            control = temporary.enter_context(_temporary_file(_clear_ancestor(directory), _control_content()))
+            control = temporary.enter_context(temporary_file(clear_ancestor(directory), control_content()))
             if marker is None:
                 marker = secrets.token_hex(16).encode()
-                first = temporary.enter_context(_temporary_file(directory, marker * 2048))
+                first = temporary.enter_context(temporary_file(directory, marker * 2048))
                 files.append(first)
         facts.marker = marker is not None
         facts.inodes = [look_at_inode(path) for path in files]
@@ -377,7 +350,7 @@ def _how(device: RawDevice) -> str:
 def _control(directory: str, control: str | None, reader: Reader, rng: random.Random) -> int | None:
     """Blocks of a file in the clear that were found on the device; None without such a file."""
     best = None
-    for number, path in enumerate([control] if control else _control_candidates(directory)):
+    for number, path in enumerate([control] if control else candidates(directory)):
         if number == _CONTROL_TRIES:
             break
         seen = examine(path, reader, budget=FILE_BUDGET, rng=rng)
@@ -387,79 +360,3 @@ def _control(directory: str, control: str | None, reader: Reader, rng: random.Ra
         if best:
             break
     return best
-
-
-def _control_candidates(directory: str) -> t.Iterator[str]:
-    """Files in the clear on the file system of a directory: our own, then others of at least one page."""
-    device = os.stat(directory).st_dev
-    mount_point = mount_of(directory).mount_point
-    for folder in dict.fromkeys((os.path.dirname(directory), mount_point)):
-        if os.path.isfile(os.path.join(folder, CONTROL_NAME)):
-            yield os.path.join(folder, CONTROL_NAME)
-    seen = 0
-    for folder, folders, names in os.walk(mount_point):
-        seen += len(folders) + len(names)
-        if seen > _CONTROL_ENTRIES:
-            return
-        folders[:] = [name for name in folders if _in_the_clear(os.path.join(folder, name), device)]
-        for name in names:
-            path = os.path.join(folder, name)
-            with contextlib.suppress(OSError):
-                info = os.lstat(path)
-                if stat.S_ISREG(info.st_mode) and info.st_dev == device and info.st_size >= os.sysconf("SC_PAGE_SIZE"):
-                    yield path
-
-
-def _clear_ancestor(directory: str) -> str:
-    """The nearest folder above that is not encrypted, on the same file system.
-
-    :raises TdeError: ``file_absent`` if there is none.
-    """
-    device = os.stat(directory).st_dev
-    above = os.path.dirname(directory)
-    while os.stat(above).st_dev == device:
-        if _in_the_clear(above, device):
-            return above
-        above = os.path.dirname(above)
-    raise TdeError(
-        "file_absent", "no folder above it on this file system is in the clear, so there is no place for a control", obj=directory
-    )
-
-
-def _in_the_clear(folder: str, device: int) -> bool:
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.fstat(fd).st_dev == device and not inode_encrypted(fd)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def _temporary_file(folder: str, content: bytes) -> t.Iterator[str]:
-    """A file with this content, written to the disk, of the folder's owner; removed at the end.
-
-    :raises TdeError: ``disk_full``, ``permission_denied``, ``io_error``.
-    """
-    path = os.path.join(folder, f".hsm-tde-canary.{secrets.token_hex(6)}")
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise os_error(exc, path) from None
-    try:
-        try:
-            with os.fdopen(fd, "wb") as handle:
-                owner = os.stat(folder)
-                # A backup that the database's user takes meanwhile must be able to read it.
-                os.fchown(fd, owner.st_uid, owner.st_gid)
-                handle.write(content)
-                handle.flush()
-                os.fsync(fd)
-        except OSError as exc:
-            raise os_error(exc, path) from None
-        yield path
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)

@@ -1,0 +1,310 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The folder above the encrypted places on the machine: what is there, and the acts that ``image.plan`` orders.
+
+Each act can be killed at any moment: the next look at the machine leads to a plan that goes on from there.
+
+Sources: ``Documentation/filesystems/ext4/super.rst`` (the superblock), ``linux/loop.h``, mkfs.ext4(8), resize2fs(8), mount(8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+import typing as t
+
+from ..common.errors import TdeError
+from ..common.files import check_parents, make_private_directory, os_error, trusted_directory
+from ..common.plan import Handlers
+from ..common.run import run_program
+from . import fscrypt
+from .control import CONTROL_NAME, write_control
+from .image import BLOCK_SIZE, LABEL, DirectoryState, ImageState, Loop, StorageState, StorageWish, Superblock
+from .mounts import mounted_at, mounts
+
+#: Formatting and growing write tables in proportion to the size; seconds.
+_LONG = 900
+
+#: linux/loop.h: LOOP_GET_STATUS64, LOOP_SET_CAPACITY; struct loop_info64 (device, inode, rdevice, offset, sizelimit, number …).
+_LOOP_GET_STATUS64, _LOOP_SET_CAPACITY = 0x4C05, 0x4C07
+_LOOP_INFO_BYTES = 232
+_LOOP_INFO = struct.Struct("<QQQQQ")
+
+
+def parse_superblock(head: bytes) -> Superblock | None:
+    """The superblock in the first 2048 bytes of a device; None if it is not one of ext2, ext3 or ext4."""
+    block = head[1024:2048]
+    if len(block) < 1024 or block[0x38:0x3A] != b"\x53\xef":
+        return None
+    low, log_size, incompatible = (struct.unpack_from("<I", block, offset)[0] for offset in (0x4, 0x18, 0x60))
+    high = struct.unpack_from("<I", block, 0x150)[0] if incompatible & 0x80 else 0
+    block_size = 1024 << min(log_size, 6)
+    label = block[0x78:0x88].split(b"\0")[0].decode("utf-8", "replace")
+    return Superblock(label, block_size, (high << 32 | low) * block_size, bool(incompatible & 0x10000))
+
+
+def _temporary(image: str) -> str:
+    """The name under which an image is made."""
+    return os.path.join(os.path.dirname(image), f".{os.path.basename(image)}.hsm-tde.new")
+
+
+def inspect(wish: StorageWish) -> StorageState:
+    """What is there now.
+
+    :raises TdeError: ``file_not_private`` (somebody else could replace a parent), ``mount_table_unreadable``,
+        ``loop_unavailable``, ``permission_denied``, ``io_error``.
+    """
+    image, leftover, free = None, False, 0
+    if wish.image is not None:
+        folder = _existing(os.path.dirname(wish.image))
+        check_parents(os.path.join(folder, "x"))
+        room = os.statvfs(folder)
+        free = room.f_bfree * room.f_frsize
+        image = _inspect_image(wish.image)
+        leftover = os.path.lexists(_temporary(wish.image))
+    check_parents(os.path.join(_existing(os.path.dirname(wish.mount_point)), "x"))
+    support = None if wish.image else fscrypt.supported(_existing(wish.mount_point))
+    return StorageState(image, leftover, free, _inspect_directory(wish.mount_point), support)
+
+
+def _existing(path: str) -> str:
+    """The path itself, or the nearest folder above it that exists."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _inspect_image(path: str) -> ImageState | None:
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise os_error(exc, path) from None
+    regular = stat.S_ISREG(info.st_mode)
+    loops = _loops(info, os.path.basename(path)) if regular else ()
+    superblock = None
+    if regular:
+        # While it is attached, the device's cache is newer than the file.
+        superblock = _read_superblock(loops[0].node if loops else path)
+    numbers = {loop.number for loop in loops}
+    mounted = tuple(mount for mount in mounts() if mount.device in numbers) if loops else ()
+    # A run that was ended between giving the final name and taking the first one away left two.
+    links = info.st_nlink - _same_file(_temporary(path), info)
+    return ImageState(regular, links, info.st_uid, stat.S_IMODE(info.st_mode), info.st_size, superblock, loops, mounted)
+
+
+def _same_file(path: str, info: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), info)
+    except FileNotFoundError:
+        return False
+
+
+def _read_superblock(path: str) -> Superblock | None:
+    try:
+        with open(path, "rb", buffering=0) as handle:
+            return parse_superblock(os.pread(handle.fileno(), 2048, 0))
+    except OSError as exc:
+        raise os_error(exc, path) from None
+
+
+def _loops(image: os.stat_result, name: str) -> tuple[Loop, ...]:
+    """The loop devices on a file, known by device and inode: its path may have changed, or be another's.
+
+    :param name: the file's own name, by which a device that cannot be asked is held to be another's.
+    :raises TdeError: ``loop_unavailable``: a device that cannot be asked could be this one.
+    """
+    found = []
+    for device in sorted(os.listdir("/sys/block")):
+        try:
+            with open(f"/sys/block/{device}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as handle:
+                backing = handle.read().rstrip("\n")
+        except OSError:  # no loop device, or not attached
+            continue
+        node = f"/dev/{device}"
+        try:
+            loop = _ask_loop(node, image)
+        except OSError as exc:
+            # A container sees the loop devices of the whole host in /sys, and may open only its own.
+            if exc.errno == errno.ENXIO or os.path.basename(backing) != name:
+                continue
+            raise TdeError("loop_unavailable", f"cannot be asked: {os.strerror(exc.errno or 0)}", obj=node) from None
+        if loop:
+            found.append(loop)
+    return tuple(found)
+
+
+def _ask_loop(node: str, image: os.stat_result) -> Loop | None:
+    info = bytearray(_LOOP_INFO_BYTES)
+    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+        number = os.fstat(fd).st_rdev
+    finally:
+        os.close(fd)
+    device, inode, _, offset, limit = _LOOP_INFO.unpack_from(info)
+    if (device, inode) != (image.st_dev, image.st_ino):
+        return None
+    return Loop(node, (os.major(number), os.minor(number)), not offset and not limit)
+
+
+def _inspect_directory(path: str) -> DirectoryState | None:
+    try:
+        with trusted_directory(os.path.dirname(path)):
+            info = os.lstat(path)
+            if not stat.S_ISDIR(info.st_mode):
+                raise TdeError("place_not_directory", "is a link or not a directory", obj=path)
+            # Whatever mkfs made does not count as content.
+            names = set(os.listdir(path)) - {"lost+found", CONTROL_NAME}
+    except FileNotFoundError:
+        return None
+    except TdeError as exc:
+        if exc.code == "file_absent":
+            return None
+        raise
+    except OSError as exc:
+        raise os_error(exc, path) from None
+    control = os.path.lexists(os.path.join(path, CONTROL_NAME))
+    return DirectoryState(info.st_uid, stat.S_IMODE(info.st_mode), not names, control, mounted_at(path))
+
+
+def handlers(wish: StorageWish) -> Handlers:
+    """The acts of :func:`plan`'s steps."""
+    return {
+        "remove_leftover": lambda step: _remove_leftover(step.obj),
+        "create_image": lambda step: _create_image(step.obj, step.data["size"]),
+        "extend_image": lambda step: _extend_image(step.obj, step.data["size"]),
+        "make_mount_point": lambda step: _make_directory(step.obj),
+        "secure_mount_point": lambda step: _secure(step.obj),
+        "mount_image": lambda step: _mount_image(t.cast(str, wish.image), step.obj, step.data["loop"]),
+        "prepare_root": lambda step: _prepare(step.obj),
+        "write_control": lambda step: _control(step.obj),
+        "resize_filesystem": lambda step: _resize(step.obj),
+    }
+
+
+def _control(path: str) -> None:
+    write_control(os.path.dirname(path))
+
+
+def _remove_leftover(image: str) -> None:
+    with trusted_directory(os.path.dirname(image)) as folder, contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.basename(_temporary(image)), dir_fd=folder)
+
+
+def _create_image(image: str, size: int) -> None:
+    """All space is taken now, so that the database never meets a full host disk inside a file system that has room.
+
+    ``nodiscard`` because mkfs would otherwise give that space back.
+    """
+    folder_path, name = os.path.split(image)
+    make_private_directory(folder_path)
+    temporary = os.path.basename(_temporary(image))
+    with trusted_directory(folder_path) as folder:
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+            try:
+                os.posix_fallocate(fd, 0, size)
+                argv = [
+                    "mkfs.ext4",
+                    "-q",
+                    "-F",
+                    "-O",
+                    "encrypt",
+                    "-b",
+                    str(BLOCK_SIZE),
+                    "-L",
+                    LABEL,
+                    "-m",
+                    "1",
+                    "-E",
+                    "nodiscard",
+                ]
+                run_program([*argv, _temporary(image)], timeout=_LONG)
+                os.fsync(fd)
+                # link() and not rename(): it refuses to replace a file that appeared meanwhile.
+                os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+            finally:
+                os.close(fd)
+                os.unlink(temporary, dir_fd=folder)
+            os.fsync(folder)
+        except FileExistsError:
+            raise TdeError(
+                "image_foreign", "appeared while the image was being made", obj=f"image {image}", kept="It was left alone."
+            ) from None
+        except OSError as exc:
+            raise os_error(exc, f"image {image}") from None
+
+
+def _extend_image(image: str, size: int) -> None:
+    with trusted_directory(os.path.dirname(image)) as folder:
+        try:
+            fd = os.open(os.path.basename(image), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                before = os.fstat(fd).st_size
+                try:
+                    os.posix_fallocate(fd, before, size - before)
+                except OSError:
+                    # What a full disk gave is handed back; the loop device has not seen it yet.
+                    os.ftruncate(fd, before)
+                    raise
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise os_error(exc, f"image {image}", kept="It has its former size.") from None
+
+
+def _make_directory(path: str) -> None:
+    make_private_directory(path, 0o755)
+    _secure(path)
+
+
+def _secure(path: str) -> None:
+    with trusted_directory(os.path.dirname(path)) as folder:
+        try:
+            fd = os.open(os.path.basename(path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                os.fchown(fd, 0, 0)
+                os.fchmod(fd, 0o755)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise os_error(exc, path) from None
+
+
+def _prepare(path: str) -> None:
+    _secure(path)
+    write_control(path)
+
+
+def _mount_image(image: str, mount_point: str, loop: str | None) -> None:
+    """A second loop device on the same file would be two caches over one file system, so one that is there is used."""
+    options = ["-o", "nosuid,nodev"] if loop else ["-o", "loop,nosuid,nodev"]
+    if not loop and not os.path.exists("/dev/loop-control"):
+        raise TdeError(
+            "loop_unavailable", "does not exist", obj="/dev/loop-control", next_step="In a container: hand in loop devices."
+        )
+    run_program(["mount", "-t", "ext4", *options, loop or image, mount_point], timeout=120)
+
+
+def _resize(image: str) -> None:
+    """The file system grows to the file's size while it is mounted; it ends by itself if there is nothing to do."""
+    loops = _loops(os.stat(image, follow_symlinks=False), os.path.basename(image))
+    if not loops:
+        raise TdeError("loop_unavailable", "is not attached to a loop device any more", obj=f"image {image}")
+    try:
+        fd = os.open(loops[0].node, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise os_error(exc, loops[0].node) from None
+    run_program(["resize2fs", loops[0].node], timeout=_LONG)
