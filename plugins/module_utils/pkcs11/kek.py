@@ -1,0 +1,191 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Making a KEK so that a kill at any moment leaves one KEK or none, never two.
+
+Order: the journal says "begun" with an id chosen beforehand → C_GenerateKey → the key is read back → the registry
+names it → a probe decides the mechanism → where it needs one, the companion is made and registered → the journal says
+"done". Only then is the reference given out, so no data is under a KEK that a later run could take for lost or foreign.
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from ..common.errors import TdeError
+from . import make
+from .blob import CBC_HMAC, GCM, IV_BYTES, MAC_BYTES
+from .envelope import COMPANION, Kek, check_fit, load_kek
+from .errors import ckr_of, translated
+from .keys import KeyInfo, KeyRef, find, unreachable
+from .keyspec import KeySpec
+
+if t.TYPE_CHECKING:
+    from ..common.journal import Journal
+    from .registry import Registry
+    from .token import Session
+
+_ACTION = "generate_kek"
+#: Random bytes of a KEK's CKA_ID: two KEKs of one label, made one after the other, are told apart.
+_ID_BYTES = 16
+#: Answers after which nothing more can be said about mechanisms.
+_GONE = (
+    "CKR_DEVICE_ERROR",
+    "CKR_DEVICE_REMOVED",
+    "CKR_TOKEN_NOT_PRESENT",
+    "CKR_SESSION_CLOSED",
+    "CKR_SESSION_HANDLE_INVALID",
+    "CKR_USER_NOT_LOGGED_IN",
+    "CKR_CRYPTOKI_NOT_INITIALIZED",
+)
+
+
+def create_kek(
+    session: Session, label: str, *, cluster: str, registry: Registry, journal: Journal, replace_lost: bool = False
+) -> KeyRef:
+    """The KEK of a label: the one that this host made before, else a new one. Call it with the state directory locked.
+
+    AES-256, in the token for good, sensitive, not extractable, for encryption and decryption only.
+
+    :param session: read-write, the user logged in.
+    :param cluster: whose KEK it is; ``pkcs11_key`` refuses to destroy a key that the registry names for a cluster.
+    :param replace_lost: make a new one although this host remembers one that does not show.
+    :raises TdeError: ``key_unreachable``; ``key_foreign``: the token has a key of the label that this host did not make;
+        ``key_ambiguous``, ``key_not_protected``, ``kek_unfit``, ``mechanism_unsupported``; what the token answered.
+    """
+    token = session.token
+    listed = find(session, label, cls="secret")
+    by_id = {info.id: info for info in listed}
+    if len(by_id) != len(listed):
+        raise TdeError("key_ambiguous", "two keys have this label and one id", obj=f"KEK {label!r} in {token}")
+    named = [bytes.fromhex(entry["id"]) for entry in make.registered(registry, token, label)]
+    lost = [id_ for id_ in named if id_ not in by_id]
+    if lost and not replace_lost:
+        raise unreachable(f"{KeyRef(label, lost[0])} in {token}")
+    for id_ in lost:
+        _forget(session, KeyRef(label, id_), registry, journal, cluster)
+    begun = _begun(journal, session, label)
+    ours = [id_ for id_ in named if id_ in by_id]
+    foreign = [info for info in listed if info.id not in (*ours, begun)]
+    if foreign:
+        raise TdeError(
+            "key_foreign",
+            f"the token has {', '.join(str(info.ref) for info in foreign)}, which this host did not make",
+            obj=f"KEK {label!r} in {token}",
+            next_step="Give the cluster a name of its own, or restore this host's state directory if it was lost.",
+        )
+    if len(ours) > 1:
+        raise TdeError("key_ambiguous", f"{len(ours)} KEKs of this label are registered", obj=f"KEK {label!r} in {token}")
+    if ours and begun != ours[0]:
+        ref = KeyRef(label, ours[0])
+        check_fit(by_id[ref.id], f"{ref} in {token}")
+        return ref
+    return _complete(session, KeyRef(label, begun or os.urandom(_ID_BYTES)), bool(begun), cluster, registry, journal)
+
+
+def _complete(session: Session, ref: KeyRef, resumed: bool, cluster: str, registry: Registry, journal: Journal) -> KeyRef:
+    """Everything from "begun" to "done", each part left out that a killed run has done."""
+
+    def write(result: str, **facts: t.Any) -> None:
+        journal.append(
+            _ACTION,
+            f"{ref} in {session.token}",
+            result=result,
+            cluster=cluster,
+            key=ref.label,
+            key_id=ref.id.hex(),
+            token_label=session.token.label,
+            token_serial=session.token.serial,
+            **facts,
+        )
+
+    if not resumed:
+        write("begun")
+    usage = {"encrypt": True, "decrypt": True}
+    info = _ensure(session, KeySpec(ref.label, ref.id, "aes", size=256, usage=usage), cluster, registry)
+    check_fit(info, f"{ref} in {session.token}")
+    kek = Kek(session, info, None)
+    mechanism = GCM if _gcm_works(kek) else CBC_HMAC
+    if mechanism == CBC_HMAC:
+        usage = {"sign": True, "verify": True}
+        companion = KeySpec(ref.label + COMPANION, ref.id, "hmac", size=256, usage=usage)
+        check_fit(_ensure(session, companion, cluster, registry), f"companion of {ref} in {session.token}")
+        kek = load_kek(session, ref)
+        _probe_cbc(kek)
+    write("done", kcv=kek.kcv().hex(), mechanism=mechanism)
+    return ref
+
+
+def _ensure(session: Session, spec: KeySpec, cluster: str, registry: Registry) -> KeyInfo:
+    found = find(session, spec.label, id=spec.id, cls="secret")
+    info = found[0] if found else make.generate(session, spec)
+    registry.remember_key(session.token.label, session.token.serial, spec.label, info.id.hex(), "secret_key", cluster)
+    return info
+
+
+def _forget(session: Session, ref: KeyRef, registry: Registry, journal: Journal, cluster: str) -> None:
+    for label in (ref.label, ref.label + COMPANION):
+        registry.forget_key(session.token.label, session.token.serial, label, ref.id.hex())
+    journal.append(
+        "forget_key", f"{ref} in {session.token}", cluster=cluster, key=ref.label, key_id=ref.id.hex(), why="replace_lost"
+    )
+
+
+def _begun(journal: Journal, session: Session, label: str) -> bytes | None:
+    """The id of a KEK that a killed run had begun to make."""
+    for entry in reversed(journal.entries()):
+        detail = entry["detail"]
+        if (
+            entry["action"] == _ACTION
+            and entry["key"] == label
+            and (detail.get("token_label"), detail.get("token_serial")) == (session.token.label, session.token.serial)
+        ):
+            return bytes.fromhex(entry["key_id"]) if entry["result"] == "begun" else None
+    return None
+
+
+def _gcm_works(kek: Kek) -> bool:
+    """Whether AES-GCM gives back what it encrypted, and refuses another context."""
+    data, iv = os.urandom(48), os.urandom(IV_BYTES[GCM])
+    try:
+        ciphertext = kek.encrypt(GCM, iv, data, b"right")
+        if kek.decrypt(GCM, iv, ciphertext, b"right") != data or data in ciphertext:
+            return False
+    except Exception as exc:
+        _raise_if_gone(exc, kek)
+        return False
+    try:
+        kek.decrypt(GCM, iv, ciphertext, b"wrong")
+    except Exception as exc:
+        _raise_if_gone(exc, kek)
+        return True
+    return False
+
+
+def _raise_if_gone(exc: Exception, kek: Kek) -> None:
+    ckr = ckr_of(exc)
+    if ckr is None or ckr in _GONE:
+        with translated(kek.obj):
+            raise exc
+
+
+def _probe_cbc(kek: Kek) -> None:
+    data, iv = os.urandom(48), os.urandom(IV_BYTES[CBC_HMAC])
+    try:
+        ciphertext = kek.encrypt(CBC_HMAC, iv, data, b"")
+        works = kek.decrypt(CBC_HMAC, iv, ciphertext, b"") == data and data not in ciphertext
+        macs = [kek.mac(message) for message in (b"one", b"one", b"two")]
+    except TdeError:
+        raise
+    except Exception as exc:
+        _raise_if_gone(exc, kek)
+        raise TdeError(
+            "mechanism_unsupported",
+            f"AES-CBC with padding, or HMAC-SHA256, answered {ckr_of(exc)}",
+            obj=kek.obj,
+            kept="No data was wrapped.",
+        ) from None
+    if not works or macs[0] != macs[1] or macs[0] == macs[2] or len(macs[0]) != MAC_BYTES:
+        raise TdeError(
+            "mechanism_unsupported", "AES-CBC or HMAC-SHA256 does not work as it should", obj=kek.obj, kept="No data was wrapped."
+        )
