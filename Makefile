@@ -1,0 +1,32 @@
+# make demo, make test: see the README. Everything else is for those who work on the collection.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)/.collections
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+
+.PHONY: setup demo demo-clean test test-all gates bench docs
+
+setup:
+	@.ci/setup
+
+demo: setup
+	ansible-playbook -i localhost, playbooks/demo.yml
+
+demo-clean: setup
+	ansible-playbook -i localhost, playbooks/demo_clean.yml
+
+test: setup
+	@.ci/test
+
+test-all: setup
+	@.ci/test --all
+
+gates: setup
+	@.ci/gates
+
+bench: setup
+	python tests/bench/keys.py
+	python tests/bench/site.py
+	python tests/bench/pgbench.py
+
+docs: setup
+	python tests/tools/gen_error_codes.py
