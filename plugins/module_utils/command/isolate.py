@@ -1,0 +1,102 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""An act in a child process of its own.
+
+A PKCS#11 library reads its environment once a process, some stay broken after a first failure, and a network HSM
+can let a call hang for ever: a child each gives every cluster and every new try a fresh library, and an end in time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+import typing as t
+
+from ..common.errors import TdeError
+from ..common.secret import harden_process
+
+#: Seconds for one act: a login, a scrypt derivation and a few mounts take under five; an HSM that is busy, longer.
+SECONDS = 90.0
+
+
+def isolated(act: t.Callable[[], t.Any], seconds: float = SECONDS) -> t.Any:
+    """Run ``act`` in a child and give its result, which is JSON's kinds of value.
+
+    :raises TdeError: the one that ``act`` raised; ``timeout`` after ``seconds``; ``internal_error``.
+    """
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _child(act, writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb", buffering=0) as pipe:
+        raw = _read_until(pipe.fileno(), time.monotonic() + seconds)
+    if raw is None:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    if raw is None:
+        raise TdeError(
+            "timeout",
+            f"no answer within {seconds:g} seconds",
+            obj="token or file system",
+            kept="The act was ended; run it again to see what is left to do.",
+        )
+    return _answer(raw, status)
+
+
+def _child(act: t.Callable[[], t.Any], writer: int) -> t.NoReturn:
+    answer: dict[str, t.Any]
+    try:
+        # Locked memory is not inherited.
+        harden_process()
+        answer = {"result": act()}
+    except TdeError as error:
+        answer = {"error": {**error.result(), "message": error.message}}
+    except BaseException as exc:
+        # The text of a foreign exception may hold a value; its type and place do not.
+        place = traceback.extract_tb(exc.__traceback__)[-1]
+        said = f"{type(exc).__name__} in {os.path.basename(place.filename)}:{place.lineno} ({place.name})"
+        answer = {"error": {**TdeError("internal_error", said, obj="hsm-tde", kept="").result(), "message": said}}
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(json.dumps(answer).encode())
+    # No finaliser of a library runs: what it had open ends with the process.
+    os._exit(0)
+
+
+def _read_until(fd: int, deadline: float) -> bytes | None:
+    """All that comes until the other end closes; None if it does not in time."""
+    parts: list[bytes] = []
+    while True:
+        ready = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]
+        if not ready:
+            return None
+        part = os.read(fd, 1 << 16)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+
+
+def _answer(raw: bytes, status: int) -> t.Any:
+    if not raw:
+        said = f"the child ended with signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "the child gave no answer"
+        raise TdeError("internal_error", f"{said}; a PKCS#11 library may have crashed", obj="hsm-tde", kept="")
+    answer = json.loads(raw)
+    if "error" not in answer:
+        return answer["result"]
+    error = answer["error"]
+    raise TdeError(
+        error["error_code"],
+        error["message"],
+        obj=error["object"],
+        kept=error["kept"],
+        next_step=error["next_step"],
+        details=error["details"],
+    )
