@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 import time
@@ -177,6 +178,21 @@ def remove_leftovers(folder: str, owners: t.Collection[int] | None = None) -> li
                 os.unlink(name, dir_fd=fd)
                 removed.append(name)
     return removed
+
+
+def leftovers_of(path: str) -> list[str]:
+    """The temporary files (absolute paths) that a killed :func:`write_atomic` of this file left, and of no other file."""
+    ours = re.compile(rf"\.{re.escape(os.path.basename(path))}\.[0-9a-f]{{12}}\.tmp")
+    folder = os.path.dirname(os.path.normpath(path))
+    with trusted_directory(folder) as fd:
+        return [os.path.join(folder, name) for name in os.listdir(fd) if ours.fullmatch(name)]
+
+
+def remove_leftovers_of(path: str) -> None:
+    """Remove them. Call it with the lock held that guards the file."""
+    for leftover in leftovers_of(path):
+        with trusted_directory(os.path.dirname(leftover)) as fd:
+            os.unlink(os.path.basename(leftover), dir_fd=fd)
 
 
 def make_private_directory(path: str, mode: int = 0o700) -> bool:

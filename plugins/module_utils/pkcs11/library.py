@@ -154,15 +154,21 @@ class Library:
             raise CkError(name, rv)
 
     def after_fork(self) -> None:
-        """In a forked child: start the library anew (PKCS#11 v2.40 section 5.4: each process initialises)."""
-        if self._pid == os.getpid():
-            return
-        # Some libraries notice the fork themselves and are not initialised in the child.
+        """In a forked child: start the library anew (PKCS#11 v2.40 section 2.5.2: a child must initialise for itself)."""
+        if self._pid != os.getpid():
+            self.restart()
+            self._pid = os.getpid()
+
+    def restart(self) -> None:
+        """Finalise and initialise: every session ends, and slots are numbered anew (SoftHSM does after C_InitToken).
+
+        :raises CkError: what C_Initialize answered.
+        """
+        # Some libraries notice a fork themselves and are not initialised in the child.
         with contextlib.suppress(CkError):
             self._call("C_Finalize", (ctypes.c_void_p,), None)
         self._initialize()
         self.open_slots.clear()
-        self._pid = os.getpid()
 
     def _numbers(self, name: str, kind: t.Any, first: int) -> list[int]:
         """What a function of the kind "ask the count, then the list" answers.

@@ -18,7 +18,7 @@ import secrets
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.files import lock
+from ..common.files import lock, remove_leftovers_of
 from ..common.secret import Secret
 from ..common.state import StateDirectory, read_json, write_json
 
@@ -97,6 +97,7 @@ class RefusedPins:
     def _change(self, change: t.Callable[[dict[str, t.Any]], None]) -> None:
         self._state.create()
         with lock(self._state.refused + ".lock", wait_seconds=10):
+            remove_leftovers_of(self._state.refused)
             content = self._read()
             content["salt"] = content["salt"] or secrets.token_hex(_SALT_BYTES)
             change(content)

@@ -17,7 +17,7 @@ import datetime
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.files import lock
+from ..common.files import lock, remove_leftovers_of
 from ..common.state import StateDirectory, read_json, write_json
 
 _VERSION = 1
@@ -64,15 +64,15 @@ class Registry:
                 return entry
         return None
 
+    @staticmethod
+    def is_in(key: Entry, token_label: str, token_serial: str) -> bool:
+        """Whether the entry of a key says that it is in this token."""
+        return key["token_label"] == token_label and same_serial(key["token_serial"], token_serial)
+
     def names_key(self, token_label: str, token_serial: str, label: str, id_hex: str | None = None) -> Entry | None:
         """The entry of a key in a token, by label and, if given, CKA_ID in hex."""
         for entry in self.keys():
-            if (
-                entry["token_label"] == token_label
-                and same_serial(entry["token_serial"], token_serial)
-                and entry["label"] == label
-                and id_hex in (None, entry["id"])
-            ):
+            if self.is_in(entry, token_label, token_serial) and entry["label"] == label and id_hex in (None, entry["id"]):
                 return entry
         return None
 
@@ -131,12 +131,7 @@ class Registry:
             content["keys"] = [
                 entry
                 for entry in content["keys"]
-                if not (
-                    entry["token_label"] == token_label
-                    and same_serial(entry["token_serial"], token_serial)
-                    and entry["label"] == label
-                    and entry["id"] == id_hex
-                )
+                if not (self.is_in(entry, token_label, token_serial) and entry["label"] == label and entry["id"] == id_hex)
             ]
 
     def _read(self) -> dict[str, list[Entry]]:
@@ -154,6 +149,7 @@ class Registry:
     def _changing(self) -> t.Iterator[dict[str, list[Entry]]]:
         self._state.create()
         with lock(self._state.registry + ".lock", wait_seconds=10):
+            remove_leftovers_of(self._state.registry)
             content = self._read()
             before = (list(content["tokens"]), list(content["keys"]))
             yield content

@@ -9,11 +9,10 @@ one PIN or the other, so whoever opens it at boot knows both (:func:`resting_pin
 from __future__ import annotations
 
 import os
-import re
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.files import os_error, read_private, trusted_directory, write_atomic
+from ..common.files import leftovers_of, os_error, read_private, remove_leftovers_of, trusted_directory, write_atomic
 from ..common.secret import Secret
 
 #: Longer than any token's PIN (nShield and CloudHSM: below 256 bytes).
@@ -81,19 +80,15 @@ def discard_coming(path: str) -> None:
             raise os_error(exc, path) from None
 
 
-def remove_own_leftovers(path: str) -> list[str]:
-    """Remove the temporary files of these two names, and of no other, that a killed run left.
+def leftovers(path: str) -> list[str]:
+    """Temporary files with a PIN in them that a killed run left."""
+    return leftovers_of(path) + leftovers_of(coming_path(path))
 
-    :returns: the names removed.
-    """
-    ours = re.compile(rf"\.{re.escape(os.path.basename(path))}(?:\.new)?\.[0-9a-f]{{12}}\.tmp")
-    removed = []
-    with trusted_directory(os.path.dirname(os.path.normpath(path))) as folder:
-        for name in os.listdir(folder):
-            if ours.fullmatch(name):
-                os.unlink(name, dir_fd=folder)
-                removed.append(name)
-    return removed
+
+def remove_leftovers(path: str) -> None:
+    """Remove them."""
+    remove_leftovers_of(path)
+    remove_leftovers_of(coming_path(path))
 
 
 def _read(path: str) -> Secret | None:

@@ -146,7 +146,7 @@ class Session:
         return t.cast(int, self.raw.handle)  # type: ignore[attr-defined]
 
 
-def _scan(library: Library) -> tuple[list[TokenInfo], dict[int, str]]:
+def scan(library: Library) -> tuple[list[TokenInfo], dict[int, str]]:
     """Every token, and by slot what the slots that failed answered."""
     found, failed = [], {}
     with translated(f"library {library.path}"):
@@ -187,7 +187,7 @@ def tokens(library: Library) -> list[TokenInfo]:
 
     :raises TdeError: the library does not answer at all.
     """
-    return sorted(_scan(library)[0], key=lambda info: info.slot_id)
+    return sorted(scan(library)[0], key=lambda info: info.slot_id)
 
 
 def matches(info: TokenInfo, selector: TokenSelector) -> bool:
@@ -207,9 +207,10 @@ def matches(info: TokenInfo, selector: TokenSelector) -> bool:
     return True
 
 
-def find(library: Library, selector: TokenSelector, registry: Registry) -> TokenInfo:
+def find(library: Library, selector: TokenSelector, registry: Registry | None) -> TokenInfo:
     """The one initialised token that is meant.
 
+    :param registry: what must exist; None to create a replacement for what is lost.
     :raises TdeError: ``token_absent``; ``token_unreachable`` where the registry names it, where another token with
         its label stands in its place, or where a slot did not answer; ``token_ambiguous``; ``invalid_option``.
     """
@@ -220,7 +221,7 @@ def find(library: Library, selector: TokenSelector, registry: Registry) -> Token
         )
     label = next((uri.token for uri in uris if uri.token is not None), None)
     serial = next((uri.serial for uri in uris if uri.serial is not None), None)
-    listed, failed = _scan(library)
+    listed, failed = scan(library)
     found = [info for info in listed if info.initialized and matches(info, selector)]
     if len(found) > 1:
         raise TdeError(
@@ -230,7 +231,7 @@ def find(library: Library, selector: TokenSelector, registry: Registry) -> Token
             next_step="Name token_serial or slot_id as well.",
             details={"tokens": [info.public() for info in found]},
         )
-    known = registry.names_token(label=label, serial=serial)
+    known = registry.names_token(label=label, serial=serial) if registry else None
     if not found:
         if known:
             raise _unreachable(selector, f"the library does not list it; this host has known it since {known['since']}", known)
@@ -248,7 +249,7 @@ def find(library: Library, selector: TokenSelector, registry: Registry) -> Token
             obj=str(selector),
             next_step="Initialise it (hsm.tde.pkcs11_token), or correct its name.",
         )
-    if label is not None and serial is None and known and not registry.names_token(label=label, serial=found[0].serial):
+    if registry and known and serial is None and not registry.names_token(label=label, serial=found[0].serial):
         raise _unreachable(
             selector,
             f"another token with its label (serial {found[0].serial}) is listed; this host knows serial {known['serial']}",
