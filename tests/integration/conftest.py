@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
-from ansible_collections.hsm.tde.tests.integration import support
+from ansible_collections.hsm.tde.tests.integration import filesystems, support
 
 
 @pytest.fixture
@@ -55,3 +56,12 @@ def opencryptoki(factory_opencryptoki: support.OpenCryptoki) -> support.OpenCryp
     """A private openCryptoki with the token ``demo``; acts inside ``.run(fn)``."""
     factory_opencryptoki.add_token("demo")
     return factory_opencryptoki
+
+
+@pytest.fixture
+def encrypted_mount(tmp_path: Path) -> Iterator[Path]:
+    """The mount point of a new ext4 file system with the encrypt feature, 48 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: loop devices and mounts")
+    with filesystems.mounted(tmp_path) as point:
+        yield point

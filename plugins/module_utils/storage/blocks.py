@@ -27,12 +27,13 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.files import os_error
 from . import fscrypt
+from .ioctl import READ, WRITE, number
 from .mounts import RawDevice
 
-#: _IOWR('f', 11, struct fiemap).
-_FIEMAP = 3 << 30 | 32 << 16 | ord("f") << 8 | 11
-_FIEMAP_HEAD = struct.Struct("<QQIIII")
-_FIEMAP_EXTENT = struct.Struct("<QQQ16xI12x")
+_FIEMAP_HEAD = struct.Struct("=QQIIII")
+_FIEMAP_EXTENT = struct.Struct("=QQQ16xI12x")
+#: FS_IOC_FIEMAP of linux/fs.h.
+_FIEMAP = number(READ | WRITE, "f", 11, _FIEMAP_HEAD.size)
 _FIEMAP_FLAG_SYNC = 0x1
 _MAX_OFFSET = (1 << 64) - 1
 #: Extents asked for in one call.
@@ -154,7 +155,7 @@ def inode_encrypted(fd: int) -> bool | None:
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
     if statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC, buffer) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    attributes, mask = (struct.unpack_from("<Q", buffer.raw, offset)[0] for offset in (_STATX_ATTRIBUTES, _STATX_MASK))
+    attributes, mask = (struct.unpack_from("=Q", buffer.raw, offset)[0] for offset in (_STATX_ATTRIBUTES, _STATX_MASK))
     return bool(attributes & _STATX_ATTR_ENCRYPTED) if mask & _STATX_ATTR_ENCRYPTED else None
 
 
@@ -170,8 +171,8 @@ def extents(fd: int) -> list[Extent]:
         _FIEMAP_HEAD.pack_into(request, 0, start, _MAX_OFFSET - start, _FIEMAP_FLAG_SYNC, 0, _EXTENTS_A_CALL, 0)
         fcntl.ioctl(fd, _FIEMAP, request)
         mapped = _FIEMAP_HEAD.unpack_from(request)[3]
-        for number in range(mapped):
-            found.append(Extent(*_FIEMAP_EXTENT.unpack_from(request, _FIEMAP_HEAD.size + number * _FIEMAP_EXTENT.size)))
+        for index in range(mapped):
+            found.append(Extent(*_FIEMAP_EXTENT.unpack_from(request, _FIEMAP_HEAD.size + index * _FIEMAP_EXTENT.size)))
         if not mapped or found[-1].flags & _LAST:
             return found
         start = found[-1].logical + found[-1].length
@@ -195,9 +196,9 @@ def windows(size: int, budget: int, rng: random.Random) -> list[tuple[int, int]]
     count = -(-size // WINDOW)
     wanted = max(2, budget // WINDOW)
     chosen: t.Iterable[int] = range(count)
-    if count > wanted:
+    if size > budget and count > wanted:
         chosen = sorted({0, count - 1, *rng.sample(range(1, count - 1), wanted - 2)})
-    return [(number * WINDOW, min(WINDOW, size - number * WINDOW)) for number in chosen]
+    return [(index * WINDOW, min(WINDOW, size - index * WINDOW)) for index in chosen]
 
 
 class _Places:
@@ -209,10 +210,10 @@ class _Places:
 
     def at(self, offset: int) -> tuple[str, int]:
         """``("written", place)``, or ``("hole", 0)`` or ``("pending", 0)``, of the block at a byte offset."""
-        number = bisect.bisect_right(self._starts, offset) - 1
-        if number < 0:
+        index = bisect.bisect_right(self._starts, offset) - 1
+        if index < 0:
             return "hole", 0
-        extent = self._extents[number]
+        extent = self._extents[index]
         if offset >= extent.logical + extent.length or extent.flags & _UNWRITTEN:
             return "hole", 0
         if extent.flags & _PENDING:

@@ -22,6 +22,7 @@ import typing as t
 
 from ..common.errors import TdeError
 from ..common.files import os_error
+from .ioctl import READ, WRITE, number
 from .mounts import mount_of
 
 #: Length of the keys that this collection uses: FSCRYPT_MAX_KEY_SIZE, all that AES-256-XTS can take, in bytes.
@@ -31,17 +32,17 @@ _IDENTIFIER_BYTES = 16
 #: FSCRYPT_POLICY_V2, FSCRYPT_MODE_AES_256_XTS, FSCRYPT_MODE_AES_256_CTS, FSCRYPT_POLICY_FLAGS_PAD_32 (names padded to 32 bytes).
 _POLICY_V2, _AES_256_XTS, _AES_256_CTS, _PAD_32 = 2, 1, 4, 3
 #: struct fscrypt_policy_v2 and _v1.
-_POLICY_2 = struct.Struct("<BBBB4x16s")
-_POLICY_1 = struct.Struct("<BBBB8s")
+_POLICY_2 = struct.Struct("=BBBB4x16s")
+_POLICY_1 = struct.Struct("=BBBB8s")
 #: struct fscrypt_key_specifier with FSCRYPT_KEY_SPEC_TYPE_IDENTIFIER.
-_SPECIFIER = struct.Struct("<I4x32s")
+_SPECIFIER = struct.Struct("=I4x32s")
 _BY_IDENTIFIER = 2
 #: struct fscrypt_add_key_arg up to its ``raw``: specifier, raw_size, key_id, 32 reserved bytes.
-_ADD_HEAD = struct.Struct("<40sII32x")
+_ADD_HEAD = struct.Struct("=40sII32x")
 #: struct fscrypt_remove_key_arg: specifier, flags, 20 reserved bytes; fscrypt_get_key_status_arg: specifier, 24 reserved
 #: bytes, status, status_flags, user_count, 52 reserved bytes.
-_REMOVE = struct.Struct("<40sI20x")
-_STATUS = struct.Struct("<40s24xIII52x")
+_REMOVE = struct.Struct("=40sI20x")
+_STATUS = struct.Struct("=40s24xIII52x")
 
 _FILES_BUSY = 0x1
 _OTHER_USERS = 0x2
@@ -59,16 +60,11 @@ _MODES = {
 }
 
 
-def _ioc(direction: int, number: int, size: int) -> int:
-    """asm-generic/ioctl.h: _IOC with type 'f'; direction 1 = _IOW, 2 = _IOR, 3 = _IOWR."""
-    return direction << 30 | size << 16 | ord("f") << 8 | number
-
-
-_SET_POLICY = _ioc(2, 19, _POLICY_1.size)
-_GET_POLICY_EX = _ioc(3, 22, 9)
-_ADD_KEY = _ioc(3, 23, _ADD_HEAD.size)
-_REMOVE_KEY = _ioc(3, 24, _REMOVE.size)
-_KEY_STATUS = _ioc(3, 26, _STATUS.size)
+_SET_POLICY = number(READ, "f", 19, _POLICY_1.size)
+_GET_POLICY_EX = number(READ | WRITE, "f", 22, 9)
+_ADD_KEY = number(READ | WRITE, "f", 23, _ADD_HEAD.size)
+_REMOVE_KEY = number(READ | WRITE, "f", 24, _REMOVE.size)
+_KEY_STATUS = number(READ | WRITE, "f", 26, _STATUS.size)
 
 #: fcntl.ioctl copies buffers of up to 1024 bytes onto the C stack, where nobody wipes them; a larger one is handed over itself.
 _OVER_STACK_COPY = 2048
@@ -169,7 +165,7 @@ def _failed(exc: OSError, path: str) -> TdeError:
 
 
 def _policy_of(fd: int) -> Policy | None:
-    argument = bytearray(struct.pack("<Q", _POLICY_2.size) + bytes(_POLICY_2.size))
+    argument = bytearray(struct.pack("=Q", _POLICY_2.size) + bytes(_POLICY_2.size))
     try:
         fcntl.ioctl(fd, _GET_POLICY_EX, argument)
     except OSError as exc:

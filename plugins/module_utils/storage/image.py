@@ -177,7 +177,12 @@ def plan(wish: StorageWish, state: StorageState, *, known: bool = False) -> Plan
     else:
         _check_image(wish, state.image)
         grow = _grows(wish, state, state.image, steps)
-    return steps + _plan_mount(wish, state, grow)
+    mount = _plan_mount(wish, state)
+    if not grow:
+        return steps + mount
+    online = bool(state.directory and state.directory.mount)
+    resize = Step("resize_filesystem", wish.image, "the file is larger than its file system", {"online": online})
+    return steps + ([*mount, resize] if online else [resize, *mount])
 
 
 def _plan_directory(wish: StorageWish, state: StorageState, known: bool) -> Plan:
@@ -269,7 +274,7 @@ def _grows(wish: StorageWish, state: StorageState, image: ImageState, steps: Pla
     return image.size - image.superblock.size >= _UNUSED_TAIL
 
 
-def _plan_mount(wish: StorageWish, state: StorageState, grow: bool) -> Plan:
+def _plan_mount(wish: StorageWish, state: StorageState) -> Plan:
     directory, image = state.directory, state.image
     steps: Plan = []
     mounted_here = image is not None and any(mount.mount_point == wish.mount_point for mount in image.mounted)
@@ -304,8 +309,6 @@ def _plan_mount(wish: StorageWish, state: StorageState, grow: bool) -> Plan:
         steps += _mount(wish, image)
     elif directory.uid != 0 or directory.mode != 0o755 or not directory.control:
         steps.append(_prepare_root(wish, "it is not as it must be"))
-    if grow:
-        steps.append(Step("resize_filesystem", t.cast(str, wish.image), "the file is larger than its file system"))
     return steps
 
 

@@ -32,7 +32,7 @@ _LONG = 900
 #: linux/loop.h: LOOP_GET_STATUS64, LOOP_SET_CAPACITY; struct loop_info64 (device, inode, rdevice, offset, sizelimit, number …).
 _LOOP_GET_STATUS64, _LOOP_SET_CAPACITY = 0x4C05, 0x4C07
 _LOOP_INFO_BYTES = 232
-_LOOP_INFO = struct.Struct("<QQQQQ")
+_LOOP_INFO = struct.Struct("=QQQQQ")
 
 
 def parse_superblock(head: bytes) -> Superblock | None:
@@ -184,7 +184,7 @@ def handlers(wish: StorageWish) -> Handlers:
         "mount_image": lambda step: _mount_image(t.cast(str, wish.image), step.obj, step.data["loop"]),
         "prepare_root": lambda step: _prepare(step.obj),
         "write_control": lambda step: _control(step.obj),
-        "resize_filesystem": lambda step: _resize(step.obj),
+        "resize_filesystem": lambda step: _resize(step.obj, step.data["online"]),
     }
 
 
@@ -294,17 +294,33 @@ def _mount_image(image: str, mount_point: str, loop: str | None) -> None:
     run_program(["mount", "-t", "ext4", *options, loop or image, mount_point], timeout=120)
 
 
-def _resize(image: str) -> None:
-    """The file system grows to the file's size while it is mounted; it ends by itself if there is nothing to do."""
+def _resize(image: str, online: bool) -> None:
+    """Let the file system grow to the file's size; run again after an end in between, it goes on.
+
+    :param online: while it is mounted, which the kernel allows to CAP_SYS_RESOURCE only (root in a container may lack it).
+    """
     loops = _loops(os.stat(image, follow_symlinks=False), os.path.basename(image))
-    if not loops:
-        raise TdeError("loop_unavailable", "is not attached to a loop device any more", obj=f"image {image}")
-    try:
-        fd = os.open(loops[0].node, os.O_RDWR | os.O_CLOEXEC)
+    for loop in loops:
         try:
-            fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
-        finally:
-            os.close(fd)
-    except OSError as exc:
-        raise os_error(exc, loops[0].node) from None
-    run_program(["resize2fs", loops[0].node], timeout=_LONG)
+            fd = os.open(loop.node, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise os_error(exc, loop.node) from None
+    target = loops[0].node if loops else image
+    if not online:
+        run_program(["e2fsck", "-f", "-p", target], timeout=_LONG, ok=(0, 1))
+    try:
+        run_program(["resize2fs", target], timeout=_LONG)
+    except TdeError as exc:
+        if online and "Permission denied" in exc.message:
+            raise TdeError(
+                "resize_refused",
+                "the kernel does not let this process grow a mounted file system (CAP_SYS_RESOURCE is missing)",
+                obj=f"image {image}",
+                kept="The file is larger now, its file system has its former size and goes on working.",
+                next_step="Stop the database, close the keystore, unmount the image and run again: it then grows before it is mounted.",
+            ) from None
+        raise

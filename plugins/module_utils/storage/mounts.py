@@ -8,6 +8,7 @@ Sources: proc_pid_mountinfo(5), proc_pid_fdinfo(5) (``mnt_id``), sysfs (``/sys/d
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import typing as t
@@ -200,20 +201,18 @@ def _descend(number: tuple[int, int], sysfs: str, layers: list[str], seen: set[t
     backing = _read(f"{folder}/loop/backing_file")
     crypt = node if (_read(f"{folder}/dm/uuid") or "").startswith("CRYPT-") else None
     layers.append(f"{node} (dm-crypt)" if crypt else f"{node} (loop on {backing})" if backing else node)
-    below: list[tuple[int, int]] = []
-    # A partition's own folder has no slaves; its disk's has.
-    disk = os.path.dirname(folder) if os.path.exists(f"{folder}/partition") else folder
-    try:
-        slaves = sorted(os.listdir(f"{disk}/slaves"))
-    except OSError:
-        slaves = []
-    for slave in slaves:
-        major, _, minor = (_read(f"{disk}/slaves/{slave}/dev") or "").partition(":")
+    if os.path.exists(f"{folder}/partition"):
+        under = [os.path.dirname(folder)]
+    else:
+        under = sorted(glob.glob(f"{glob.escape(folder)}/slaves/*"))
+    below = []
+    for device in under:
+        major, _, minor = (_read(f"{device}/dev") or "").partition(":")
         if major.isdigit() and minor.isdigit():
             below.append((int(major), int(minor)))
     if backing and os.path.exists(backing):
         below.append(mount_of(backing).device)
-    for device in below:
-        found = _descend(device, sysfs, layers, seen)
+    for deeper in below:
+        found = _descend(deeper, sysfs, layers, seen)
         crypt = crypt or found
     return crypt

@@ -301,12 +301,8 @@ def _collect(target: ProofTarget, facts: Facts, notes: list[str], canary: bool, 
     directory = os.path.realpath(target.directory)
     if not os.path.isdir(directory):
         raise TdeError("file_absent", "does not exist or is not a directory", obj=target.directory)
-    if target.key_identifier is not None:
-        found = fscrypt.policy(directory)
-        facts.identifier = found["identifier"] if found else None
-        facts.key_status = fscrypt.key_status(directory, target.key_identifier)
-        if facts.key_status != "present":
-            return "The kernel was asked for the key; the files were not looked at."
+    if target.key_identifier is not None and not _key_there(directory, target.key_identifier, facts):
+        return "The kernel was asked for the key; the files were not looked at."
     files = list(target.files)
     if not files:
         files, remarks = walk(directory)
@@ -327,6 +323,22 @@ def _collect(target: ProofTarget, facts: Facts, notes: list[str], canary: bool, 
             _read_blocks(facts, reader, marker, first, rng)
             facts.control_equal = _control(directory, control, reader, rng)
     return _how(device)
+
+
+def _key_there(directory: str, expected: str, facts: Facts) -> bool:
+    """Ask for policy and key; :returns: whether the files can be read: a place that is not encrypted at all can be, too."""
+    try:
+        found = fscrypt.policy(directory)
+        facts.key_status = fscrypt.key_status(directory, expected)
+    except TdeError as exc:
+        if exc.code != "fscrypt_unsupported":
+            raise
+        facts.problems.append(f"{exc.obj}: {exc.message}.")
+        return True
+    if found is None:
+        return True
+    facts.identifier = found["identifier"]
+    return found["version"] == 2 and fscrypt.key_status(directory, found["identifier"]) == "present"
 
 
 def _read_blocks(facts: Facts, reader: Reader, marker: bytes | None, first: str | None, rng: random.Random) -> None:
