@@ -37,6 +37,9 @@ TYPES = {
     0x41: "ec_montgomery",
 }
 
+#: CKK_AES.
+AES = 0x1F
+
 #: Curves by their object identifier in DER (SEC 2; RFC 5639 for brainpool): name and bits.
 CURVES = {
     bytes.fromhex("06082a8648ce3d030107"): ("secp256r1", 256),
@@ -47,6 +50,9 @@ CURVES = {
     bytes.fromhex("06092b240303020801010b"): ("brainpoolP384r1", 384),
     bytes.fromhex("06092b240303020801010d"): ("brainpoolP512r1", 512),
 }
+
+#: Bytes of a check value (PKCS#11 v2.40, 4.10.2).
+KCV_BYTES = 3
 
 #: What a key may be used for, in the order in which it is shown.
 USAGE = ("encrypt", "decrypt", "wrap", "unwrap", "sign", "verify", "derive")
@@ -104,7 +110,7 @@ FACTS: dict[str, tuple[str, ...]] = {
     "size": ("value_len", "modulus_bits", "modulus", "ec_params"),
     "curve": ("ec_params",),
     **{name: (name,) for name, attribute in ATTRIBUTES.items() if attribute.code == "?"},
-    "check_value": ("check_value",),
+    "check_value": ("check_value", "type"),
 }
 
 
@@ -222,7 +228,8 @@ def facts(raw: dict[str, t.Any], names: t.Collection[str]) -> dict[str, t.Any]:
     if "curve" in shown:
         shown["curve"] = curve_of(raw)
     if "check_value" in shown:
-        shown["check_value"] = raw["check_value"].hex() if raw["check_value"] else None
+        # For other secret keys it is a hash of the value itself (PKCS#11 v2.40, 4.10.2): nothing to show around.
+        shown["check_value"] = raw["check_value"].hex() if raw["check_value"] and raw["type"] == AES else None
     return shown
 
 

@@ -32,6 +32,7 @@ import re
 import typing as t
 
 from ..common.errors import TdeError
+from .attributes import KCV_BYTES
 
 VERSION = 1
 GCM = "AES-GCM"
@@ -41,8 +42,6 @@ CBC_HMAC = "AES-CBC-PAD+HMAC-SHA256"
 IV_BYTES = {GCM: 12, CBC_HMAC: 16}
 #: Bits of GCM's tag, the longest.
 TAG_BITS = 128
-#: Bytes of a check value, as everywhere in the field (PKCS#11 v2.40, 4.10.2).
-KCV_BYTES = 3
 #: Bytes of HMAC-SHA256, never truncated.
 MAC_BYTES = 32
 #: One block before the plaintext in CBC: it comes back only under the right KEK.

@@ -35,6 +35,8 @@ _INDEX = {
     "C_FindObjectsInit": 26,
     "C_FindObjects": 27,
     "C_FindObjectsFinal": 28,
+    "C_EncryptInit": 29,
+    "C_Encrypt": 30,
 }
 #: How many functions a v2 list has.
 _FUNCTIONS = 68

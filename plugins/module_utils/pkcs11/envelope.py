@@ -18,9 +18,10 @@ import os
 import typing as t
 
 from ..common.errors import TdeError
-from .blob import CBC_HMAC, CONFIRMATION, GCM, IV_BYTES, KCV_BYTES, MAC_BYTES, MAX_PLAINTEXT, TAG_BITS, Blob, parse
+from .attributes import KCV_BYTES
+from .blob import CBC_HMAC, CONFIRMATION, GCM, IV_BYTES, MAC_BYTES, MAX_PLAINTEXT, TAG_BITS, Blob, parse
 from .errors import ckr_of, error_from_ckr, translated
-from .keys import KeyInfo, KeyRef, find, handle_of, unreachable
+from .keys import KeyInfo, KeyRef, check_value, find, handle_of, unreachable
 
 if t.TYPE_CHECKING:
     from .token import Session
@@ -42,6 +43,7 @@ class Kek:
         self.info = key
         self.obj = f"{key.ref} in {session.token}"
         self.mechanism = CBC_HMAC if companion else GCM
+        self._session = session
         self._key = handle_of(session, key)
         self._companion: t.Any = handle_of(session, companion) if companion else None
         self._companion_info = companion
@@ -72,12 +74,10 @@ class Kek:
 
     def kcv(self) -> bytes:
         """The KEK's check value."""
-        from pkcs11 import Mechanism
-
-        if not self.info.flags.get("encrypt"):
+        value = check_value(self._session, self.info)
+        if value is None:
             raise suspended(self.obj, "it may not encrypt")
-        with translated(self.obj):
-            return t.cast(bytes, self._key.encrypt(bytes(16), mechanism=Mechanism.AES_ECB))[:KCV_BYTES]
+        return value
 
     def mac_kcv(self) -> bytes:
         """The companion's check value, empty if there is none."""

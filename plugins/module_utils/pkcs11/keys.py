@@ -31,6 +31,9 @@ _PARTIAL = (0, _CKR_ATTRIBUTE_SENSITIVE, _CKR_ATTRIBUTE_TYPE_INVALID, _CKR_BUFFE
 _CKR_OBJECT_HANDLE_INVALID = 0x82
 #: Session states in which a user is logged in: CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS.
 _USER_STATES = (1, 3)
+#: CKM_AES_ECB, and AES's block in bytes.
+_CKM_AES_ECB = 0x1081
+_BLOCK = 16
 #: Handles asked for in one C_FindObjects.
 _BATCH = 1024
 #: A label or identifier longer than this is no key's name but an error.
@@ -186,6 +189,39 @@ class Reader:
         return None if value is None else attrs.unpack(name, value)
 
 
+class _Mechanism(ctypes.Structure):
+    """CK_MECHANISM."""
+
+    _fields_ = [("mechanism", CK_ULONG), ("parameter", ctypes.c_void_p), ("length", CK_ULONG)]
+
+
+def aes_block(session: Session, handle: int, block: bytes) -> bytes:
+    """One block of 16 bytes encrypted by AES-ECB, for check values and comparisons.
+
+    :raises CkError: what the token answered.
+    """
+    pointer = ctypes.c_void_p
+    start = session.library.functions.function("C_EncryptInit", CK_ULONG, pointer, CK_ULONG)
+    encrypt = session.library.functions.function("C_Encrypt", CK_ULONG, ctypes.c_char_p, CK_ULONG, pointer, pointer)
+    mechanism = _Mechanism(_CKM_AES_ECB, None, 0)
+    result = ctypes.create_string_buffer(2 * _BLOCK)
+    length = CK_ULONG(len(result))
+    _check("C_EncryptInit", start(session.handle, ctypes.addressof(mechanism), handle))
+    _check("C_Encrypt", encrypt(session.handle, block, _BLOCK, result, ctypes.addressof(length)))
+    return result.raw[:_BLOCK]
+
+
+def check_value(session: Session, info: KeyInfo) -> bytes | None:
+    """A key's check value; None for a key that has none (another type than AES) or may not encrypt.
+
+    :raises TdeError: what the token answered.
+    """
+    if info.type != "aes" or not info.flags.get("encrypt"):
+        return None
+    with translated(str(info.ref)):
+        return aes_block(session, info.handle, bytes(_BLOCK))[: attrs.KCV_BYTES]
+
+
 def _check(function: str, rv: int) -> None:
     if rv:
         raise CkError(function, rv)
@@ -208,10 +244,12 @@ def list_keys(
     cls: str | None = None,
     type: str | None = None,
     limit: int | None = None,
+    check_values: bool = False,
 ) -> Listing:
     """The keys of a token.
 
     :param fields: facts to read, keys of :data:`.attributes.FACTS`.
+    :param check_values: add ``check_value``: as the token stores it, else encrypted, which is one more call a key.
     :param label: with exactly this label; :param id: this CKA_ID; :param cls: this class; :param type: this type, in words.
     :param limit: read no more than this many.
     :raises TdeError: what the token answered.
@@ -225,7 +263,9 @@ def list_keys(
         template["class"] = _number(attrs.CLASSES, cls)
     if type is not None:
         template["type"] = _number(attrs.TYPES, type)
-    names = {name for field in fields for name in attrs.FACTS[field]}
+    if check_values:
+        fields = (*fields, "check_value")
+    names = {name for field in fields for name in attrs.FACTS[field]} | ({"encrypt"} if check_values else set())
     listing = Listing([], 0, False, private_visible(session))
     keys = listing.keys
     classes = attrs.CLASSES
@@ -243,7 +283,10 @@ def list_keys(
             if limit is not None and len(keys) == limit:
                 listing.more = True
                 break
-            keys.append(facts_of(raw, fields))
+            shown = facts_of(raw, fields)
+            if check_values and shown["check_value"] is None and raw["type"] == attrs.AES and raw["encrypt"]:
+                shown["check_value"] = aes_block(session, handle, bytes(_BLOCK))[: attrs.KCV_BYTES].hex()
+            keys.append(shown)
     return listing
 
 

@@ -273,7 +273,10 @@ def compare(spec: KeySpec, key: KeyInfo, keys: t.Iterable[KeyInfo], same_value: 
 
 
 def _words(differences: t.Mapping[str, tuple[t.Any, t.Any]]) -> str:
-    return ", ".join(f"{name} is {now}, not {wish}" for name, (now, wish) in differences.items())
+    def word(value: t.Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    return ", ".join(f"{name} is {word(now)}, not {word(wish)}" for name, (now, wish) in differences.items())
 
 
 def plan_key(wish: Wish, found: Found) -> Plan:

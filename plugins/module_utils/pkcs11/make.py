@@ -11,7 +11,7 @@ import typing as t
 from ..common.errors import TdeError
 from .attributes import CURVES, USAGE_OF
 from .errors import translated
-from .keys import KeyInfo, find, handle_of, reread
+from .keys import KeyInfo, aes_block, find, handle_of, reread
 from .keyspec import KeySpec, check_spec
 
 if t.TYPE_CHECKING:
@@ -110,16 +110,6 @@ def destroy(session: Session, label: str, id_: bytes) -> None:
         raise TdeError("pkcs11_refused", "the token says that it destroyed the key and still lists it", obj=f"key {label!r}")
 
 
-def check_value(session: Session, info: KeyInfo) -> str | None:
-    """An AES key's check value: AES-ECB of 16 zero bytes, the first 3 in hex; None for keys that have none or may not encrypt."""
-    from pkcs11 import Mechanism
-
-    if info.type != "aes" or not info.flags.get("encrypt"):
-        return None
-    with translated(str(info.ref)):
-        return t.cast(bytes, handle_of(session, info).encrypt(bytes(16), mechanism=Mechanism.AES_ECB))[:3].hex()
-
-
 def same_value(session: Session, info: KeyInfo, spec: KeySpec) -> bool | None:
     """Whether a key in the token has the value that would be imported; None where the token cannot tell."""
     from pkcs11 import Mechanism
@@ -133,7 +123,7 @@ def same_value(session: Session, info: KeyInfo, spec: KeySpec) -> bool | None:
             found = None
             if info.flags.get("encrypt"):
                 with translated(str(info.ref)):
-                    found = handle_of(session, info).encrypt(_COMPARED[:16], mechanism=Mechanism.AES_ECB)
+                    found = aes_block(session, info.handle, _COMPARED[:16])
             encryptor = Cipher(algorithms.AES(spec.value.reveal()), modes.ECB()).encryptor()  # noqa: S305 - one block, compared and dropped
             expected = encryptor.update(_COMPARED[:16]) + encryptor.finalize()
         else:
