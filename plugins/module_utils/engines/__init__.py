@@ -1,0 +1,81 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The database engines. A new one is one module or package here, one line in :func:`load`, its dictionary in
+:func:`database_options` and in the doc fragment ``hsm.tde.database``."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ..common.errors import TdeError
+from ..common.options import pkcs11_options
+
+if t.TYPE_CHECKING:
+    from .base import Engine
+
+#: The engines by the name under which users choose them; the doc fragment has a sentence on each.
+ENGINES = ("postgresql",)
+
+
+def load(name: str) -> type[Engine]:
+    """The engine of a name.
+
+    :raises TdeError: ``invalid_option``.
+    """
+    if name == "postgresql":
+        from .postgresql.engine import Postgresql
+
+        return Postgresql
+    raise TdeError("invalid_option", "is not an engine that this version knows", obj=f"engine {name!r}")
+
+
+def postgresql_options() -> dict[str, t.Any]:
+    """The dictionary of the engine postgresql."""
+    return {
+        "coverage": {"type": "str", "choices": ["tablespaces", "cluster"], "default": "tablespaces"},
+        "data_directory": {"type": "path"},
+        "storage": {"type": "str", "choices": ["directory", "image"], "default": "directory"},
+        "mount_point": {"type": "path"},
+        "image": {"type": "path"},
+        "image_size": {"type": "str"},
+        "bin_directory": {"type": "path"},
+        "os_user": {"type": "str", "default": "postgres"},
+        "create_cluster": {"type": "bool", "default": False},
+        "debian_cluster": {"type": "str"},
+        "initdb_options": {"type": "list", "elements": "str", "default": ["--encoding=UTF8", "--locale=C.UTF-8"]},
+    }
+
+
+def database_options() -> dict[str, t.Any]:
+    """Options of every module of the action group ``hsm.tde.database`` (fragment ``hsm.tde.database``)."""
+    return {
+        "engine": {"type": "str", "required": True, "choices": list(ENGINES)},
+        "cluster": {"type": "str", "required": True},
+        "login_host": {"type": "str"},
+        "login_port": {"type": "int"},
+        "login_unix_socket": {"type": "path"},
+        "login_user": {"type": "str"},
+        "login_password": {"type": "str", "no_log": True},
+        "login_db": {"type": "str", "default": "postgres"},
+        "passphrase": {"type": "str", "no_log": True},
+        "postgresql": {"type": "dict", "apply_defaults": True, "options": postgresql_options()},
+        **pkcs11_options(),
+    }
+
+
+def keyslots_option() -> dict[str, t.Any]:
+    """The option ``keyslots`` of the modules that make or change keyslots (fragment ``hsm.tde.keyslots``)."""
+    return {
+        "type": "list",
+        "elements": "dict",
+        "options": {
+            "name": {"type": "str", "default": "primary"},
+            "protection": {"type": "str", "choices": ["token", "passphrase"], "default": "token"},
+            "passphrase": {"type": "str", "no_log": True},
+            "token_label": {"type": "str", "no_log": False},
+            "token_serial": {"type": "str", "no_log": False},
+            "slot_id": {"type": "int"},
+            "pin": {"type": "str", "no_log": True},
+            "library": {"type": "path"},
+        },
+    }

@@ -70,6 +70,7 @@ class Request:
 class KeystoreWish:
     """A keystore ``present``, ``open`` or ``closed``.
 
+    :param slots: None: those of existing data keys stay; a new one gets the keyslot ``primary`` in the task's token.
     :param update: bring the keyslots of an existing keystore to the wish.
     :param exclusive: remove keyslots that are not listed.
     :param no_recovery: go without a second keyslot, on purpose.
@@ -78,7 +79,7 @@ class KeystoreWish:
     """
 
     state: str
-    slots: tuple[SlotWish, ...] = ()
+    slots: tuple[SlotWish, ...] | None = None
     update: bool = True
     exclusive: bool = False
     no_recovery: bool = False
@@ -105,23 +106,31 @@ class MoveWish:
     databases: tuple[str, ...] = ()
     database: str = "postgres"
 
+    @property
+    def any(self) -> bool:
+        return bool(self.tables or self.schemas or self.databases)
+
 
 @dataclasses.dataclass(frozen=True)
 class TablespaceWish:
-    """An encrypted tablespace."""
+    """An encrypted tablespace; :param location: None: a directory of its name under the mount point."""
 
     name: str
-    location: str
+    location: str | None = None
     owner: str | None = None
     move: MoveWish = MoveWish()
 
 
 @dataclasses.dataclass(frozen=True)
 class TablespacesWish:
-    """Encrypted tablespaces, and the keyslots of the data keys that are made for new ones."""
+    """Encrypted tablespaces, and the keyslots of the data keys that are made for new ones.
+
+    :param slots: None: the same as those of the data keys that there are.
+    :param lock_timeout: seconds that one try to move a relation waits for its lock.
+    """
 
     items: tuple[TablespaceWish, ...]
-    slots: tuple[SlotWish, ...] = ()
+    slots: tuple[SlotWish, ...] | None = None
     lock_timeout: float = 10.0
     no_recovery: bool = False
 
@@ -155,7 +164,7 @@ class Outcome:
         return bool(self.plan)
 
     def result(self) -> dict[str, t.Any]:
-        """The outcome as a module returns it."""
+        """The outcome as plain data."""
         return {
             **self.facts,
             "changed": self.changed,

@@ -21,10 +21,24 @@ PASSPHRASE = "passphrase"  # noqa: S105 - the name of a protection
 
 
 @dataclasses.dataclass(frozen=True)
+class Token:
+    """A token by what a key file names it. Made by :meth:`of`, so that two can be compared."""
+
+    label: str
+    serial: str
+
+    @classmethod
+    def of(cls, label: str, serial: str) -> Token:
+        """The token of a label and a serial number; one that identifies nothing counts as none."""
+        return cls(label, "" if same_serial(serial, "") else serial)
+
+
+@dataclasses.dataclass(frozen=True)
 class Slot:
     """A keyslot as it stands in a key file.
 
     :param created: UTC, ISO 8601; :param proved: when it first gave the data key back, None if it has not.
+    :param token: where its KEK lies, and which one; None and empty under a passphrase.
     :param opens: whether the credential given for it opens it; None if none was tried.
     """
 
@@ -33,22 +47,18 @@ class Slot:
     protection: str
     created: str
     proved: str | None = None
-    token_label: str = ""
-    token_serial: str = ""
+    token: Token | None = None
     kek_label: str = ""
     kek_id: str = ""
     kek_kcv: str = ""
     opens: bool | None = None
-
-    def on(self, token: Token) -> bool:
-        """Whether the keyslot's KEK lies in that token."""
-        return self.protection == TOKEN and self.token_label == token.label and same_serial(self.token_serial, token.serial)
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
     """A data key's public facts.
 
+    :param slots: in the order in which they were added.
     :param formerly: keyslots that were removed: the key was once under them.
     """
 
@@ -58,21 +68,13 @@ class Key:
     formerly: tuple[Slot, ...] = ()
 
     def named(self, name: str) -> list[Slot]:
-        """The keyslots of a name, the newest first; a file lists them in the order in which they were added."""
+        """The keyslots of a name, the newest first."""
         return [slot for slot in reversed(self.slots) if slot.name == name]
 
 
 @dataclasses.dataclass(frozen=True)
-class Token:
-    """A token by what a key file names it."""
-
-    label: str
-    serial: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Kek:
-    """A master key that the host remembers in a token; :param since: UTC, ISO 8601.
+    """A master key that the host remembers in a token; :param since: UTC, ISO 8601; :param id: its CKA_ID in hex.
 
     A sequence of them is in the order in which they were made: two in one second are told apart by it.
     """
@@ -80,13 +82,15 @@ class Kek:
     token: Token
     label: str
     since: str
+    id: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
     """A keyslot wished for.
 
-    :param token: where its KEK lies, and :param kek_label: which one; for a passphrase None and empty.
+    :param token: where its KEK lies, None under a passphrase or where the task names no token: any will do.
+    :param kek_label: which KEK, empty if none is meant.
     """
 
     name: str
@@ -103,7 +107,7 @@ def kek_label(cluster: str, tag: str = "") -> str:
 def _labels_on(keys: t.Iterable[Key], keks: t.Sequence[Kek], token: Token | None) -> list[str]:
     """The labels of the master keys that keyslots name in a token (None: in any), the oldest first."""
     made = [kek.label for kek in keks if token is None or kek.token == token]
-    slots = [slot for key in keys for slot in key.slots if slot.protection == TOKEN and (token is None or slot.on(token))]
+    slots = [slot for key in keys for slot in key.slots if slot.token and token in (None, slot.token)]
     ranked = sorted(slots, key=lambda slot: (made.index(slot.kek_label) if slot.kek_label in made else -1, slot.created))
     return list(dict.fromkeys(slot.kek_label for slot in ranked))
 
@@ -126,22 +130,39 @@ def known(label: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek]
     return any(kek.token == token and kek.label == label for kek in keks) or label in _labels_on(keys, keks, token)
 
 
+def in_use(kek: Kek, keys: t.Sequence[Key], keks: t.Sequence[Kek]) -> bool:
+    """Whether keyslots are under a master key; before there are any, whether the first ones will be."""
+    if not any(key.slots for key in keys):
+        return kek.label == [one.label for one in keks if one.token == kek.token][-1]
+    return any(slot.token == kek.token and slot.kek_label == kek.label for key in keys for slot in key.slots)
+
+
 def create_kek(label: str, token: Token, slot: str, why: str) -> Step:
     """The step that makes a master key for a keyslot."""
     data = {"kek_label": label, "slot": slot, "token_label": token.label, "token_serial": token.serial}
     return Step("create_kek", f"master key {label} in token {token.label}", why, data)
 
 
+def master_keys(keys: t.Sequence[Key], keks: t.Sequence[Kek], wanted: t.Sequence[Wanted], plan: Plan) -> Plan:
+    """The steps that make the master keys which a plan's new keyslots need, or a new keystore will need."""
+    needed = {name for step in plan for name in (step.data.get("slots", ()) if step.action == "create_data_key" else ())}
+    needed |= {step.data["name"] for step in plan if step.action == "add_keyslot"}
+    steps: dict[str, Step] = {}
+    for one in wanted:
+        if one.token and (one.name in needed or not keys) and not known(one.kek_label, one.token, keys, keks):
+            step = create_kek(one.kek_label, one.token, one.name, "the cluster has no master key there")
+            steps.setdefault(step.obj, step)
+    return list(steps.values())
+
+
 def _words(slot: Wanted | Slot) -> str:
-    if isinstance(slot, Wanted):
-        return f"under {slot.kek_label} in token {slot.token.label}" if slot.token else "under a passphrase"
-    return f"under {slot.kek_label} in token {slot.token_label}" if slot.protection == TOKEN else "under a passphrase"
+    return f"under {slot.kek_label} in token {slot.token.label}" if slot.token else "under a passphrase"
 
 
 def add(key_id: str, wanted: Wanted, why: str) -> Plan:
     """The steps that add and prove a keyslot."""
     obj = f"keyslot {wanted.name} of data key {key_id}"
-    data = {"key_id": key_id, "name": wanted.name, "protection": wanted.protection, "kek_label": wanted.kek_label}
+    data = {"key_id": key_id, "name": wanted.name, "kek_label": wanted.kek_label}
     return [Step("add_keyslot", obj, why, data), Step("prove_keyslot", obj, "before anything rests on it", data)]
 
 
@@ -151,9 +172,7 @@ def remove(key_id: str, slot: Slot, why: str) -> Step:
 
 
 def _fits(slot: Slot, wanted: Wanted) -> bool:
-    if slot.protection != wanted.protection or slot.opens is False:
-        return False
-    return wanted.token is None or slot.on(wanted.token)
+    return slot.protection == wanted.protection and slot.opens is not False and wanted.token in (None, slot.token)
 
 
 def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool, no_recovery: bool) -> Plan:
@@ -269,10 +288,11 @@ def _check_rotatable(keys: t.Sequence[Key], slot: str, token: Token) -> None:
                 obj=obj,
                 next_step="Change the passphrase instead: tde_keystore with the new one in keyslots and the old one in passphrase.",
             )
-        if any(not one.on(token) for one in there):
+        elsewhere = next((one.token for one in there if one.token != token), None)
+        if elsewhere:
             raise TdeError(
                 "keyslot_on_other_token",
-                f"lies in token {there[0].token_label}, not in {token.label}",
+                f"lies in token {elsewhere.label}, not in {token.label}",
                 obj=obj,
                 next_step="Name that token; or move the keyslot first, with tde_keystore and keyslots.",
             )
@@ -282,7 +302,7 @@ def _check_not_superseded(target: str, current: str, keys: t.Sequence[Key], keks
     if target == current:
         return
     made = [kek.label for kek in keks if kek.token == token]
-    formerly = any(slot.kek_label == target and slot.on(token) for key in keys for slot in key.formerly)
+    formerly = any(slot.kek_label == target and slot.token == token for key in keys for slot in key.formerly)
     if formerly or (target in made and current in made and made.index(target) < made.index(current)):
         raise TdeError(
             "tag_superseded",
@@ -296,7 +316,7 @@ def age(label: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek], 
     """A master key's age in days: from the registry, else from the oldest keyslot under it; 0 if nothing is known."""
     times = [kek.since for kek in keks if kek.token == token and kek.label == label]
     if not times:
-        times = [slot.created for key in keys for slot in (*key.slots, *key.formerly) if slot.kek_label == label and slot.on(token)]
+        times = [slot.created for key in keys for slot in (*key.slots, *key.formerly) if slot.kek_label == label and slot.token == token]
     if not times:
         return 0
     return (today - datetime.date.fromisoformat(min(times)[:10])).days

@@ -6,6 +6,7 @@
 
     {"version": 1, "cluster": "main", "engine": "postgresql",
      "options": {...},                       the engine's dictionary as it was last given
+     "file_system": "c0ffee",                what lay at the mount point then
      "tokens": [{"library": "/usr/lib/softhsm/libsofthsm2.so", "environment": {"SOFTHSM2_CONF": "..."},
                  "label": "demo", "serial": "0a1b"}],
      "places": [{"key_id": "cluster", "path": "/srv/tde/data", "mount_point": "/srv/tde", "image": null,
@@ -64,11 +65,15 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A cluster as the host remembers it."""
+    """A cluster as the host remembers it.
+
+    :param file_system: identifier of the file system at the mount point, as of a place; "" if there is none.
+    """
 
     cluster: str
     engine: str
     options: t.Mapping[str, t.Any] = dataclasses.field(default_factory=dict)
+    file_system: str = ""
     tokens: tuple[Token, ...] = ()
     places: tuple[Place, ...] = ()
     pin_source: t.Mapping[str, str] = dataclasses.field(default_factory=lambda: {"kind": "none"})
@@ -108,6 +113,7 @@ def parse(content: t.Any, path: str) -> Record:
             cluster=content["cluster"],
             engine=content["engine"],
             options=dict(content["options"]),
+            file_system=content["file_system"],
             tokens=tuple(Token(**token) for token in content["tokens"]),
             places=tuple(Place(**place) for place in content["places"]),
             pin_source=dict(content["pin_source"]),

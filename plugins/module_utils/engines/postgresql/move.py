@@ -9,6 +9,7 @@ interrupted run is resumed by the next: what has moved is where it should be.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import time
@@ -40,9 +41,6 @@ STATEMENTS: dict[str, t.LiteralString] = {
     "I": "ALTER INDEX {} SET TABLESPACE {}",
 }
 KINDS = {"r": "table", "p": "partitioned table", "m": "materialized view", "i": "index", "I": "partitioned index"}
-
-#: System tables that hold users' data and may be moved with allow_system_table_mods; mapped ones may not.
-LARGE_OBJECTS = "pg_largeobject"
 
 #: SQLSTATEs after which a relation is tried again: lock_not_available, deadlock_detected.
 _RETRY = ("55P03", "40P01")
@@ -92,8 +90,8 @@ def _system(relation: Relation) -> bool:
     return relation.schema.startswith("pg_") or relation.schema == "information_schema"
 
 
-def _closure(start: t.Iterable[int], edges: t.Iterable[tuple[int, int]]) -> set[int]:
-    """All that is reached from ``start`` over (from, to)."""
+def _closure(start: t.Iterable[int], edges: t.Iterable[tuple[int, int]], stop: t.Collection[int] = ()) -> set[int]:
+    """All that is reached from ``start`` over (from, to) without entering ``stop``."""
     after: dict[int, list[int]] = {}
     for source, target in edges:
         after.setdefault(source, []).append(target)
@@ -101,30 +99,57 @@ def _closure(start: t.Iterable[int], edges: t.Iterable[tuple[int, int]]) -> set[
     todo = list(start)
     while todo:
         oid = todo.pop()
-        if oid not in found:
+        if oid not in found and oid not in stop:
             found.add(oid)
             todo.extend(after.get(oid, ()))
     return found
 
 
-def selected(catalog: Catalog, tables: t.Collection[str] = (), schemas: t.Collection[str] = ()) -> set[int]:
-    """The tables and materialised views that names and schemas mean: partitions and dependent materialised views too.
+#: What holds rows: tables, partitioned tables, materialised views.
+_TABLES = ("r", "p", "m")
+
+
+def _named(catalog: Catalog, wish: MoveWish) -> tuple[set[int], set[int]]:
+    """The tables that a wish names, and those of the schemas that it names.
 
     :raises TdeError: ``relation_absent``, ``schema_absent``: nothing is begun on a misspelt name.
     """
-    kinds = ("r", "p", "m")
-    named = {relation.label: relation.oid for relation in catalog.relations if relation.kind in kinds}
-    for name in tables:
-        if name not in named:
+    if wish.database != catalog.database:
+        return set(), set()
+    known = {one.label: one.oid for one in catalog.relations if one.kind in _TABLES and not _system(one)}
+    for name in wish.tables:
+        if name not in known:
             raise TdeError("relation_absent", "is not a table or materialized view", obj=f"{name} in database {catalog.database}")
-    for name in schemas:
+    for name in wish.schemas:
         if name not in catalog.schemas:
             raise TdeError("schema_absent", "does not exist", obj=f"schema {name} in database {catalog.database}")
-    chosen = {named[name] for name in tables}
-    chosen |= {one.oid for one in catalog.relations if one.kind in kinds and one.schema in schemas}
-    edges = [(parent, child) for child, parent in catalog.partitions] + list(catalog.feeds)
-    reached = _closure(chosen, edges)
-    return {one.oid for one in catalog.relations if one.oid in reached and one.kind in kinds}
+    in_schemas = {one.oid for one in catalog.relations if one.kind in _TABLES and one.schema in wish.schemas}
+    return {known[name] for name in wish.tables}, in_schemas
+
+
+def selected(catalog: Catalog, wish: MoveWish, others: t.Sequence[MoveWish] = ()) -> tuple[set[int], set[int]]:
+    """The tables that names and schemas mean, with their partitions; and the materialised views that show their rows.
+
+    Two wishes never pull at one table: a table's own name counts more than its schema, its schema more than the
+    table that it is a partition of.
+
+    :param others: what goes to other tablespaces in the same task.
+    :raises TdeError: as :func:`_named`.
+    """
+    exact, in_schemas = _named(catalog, wish)
+    exact_others: set[int] = set()
+    schema_others: set[int] = set()
+    for other in others:
+        tables, in_others = _named(catalog, other)
+        exact_others |= tables
+        schema_others |= in_others
+    start = exact | (in_schemas - exact_others)
+    stop = (exact_others | schema_others) - start
+    certain = _closure(start, [(parent, child) for child, parent in catalog.partitions], stop)
+    showing = _closure(certain, catalog.feeds, stop) - certain
+    views = {one.oid for one in catalog.relations if one.kind == "m"}
+    tables = {one.oid for one in catalog.relations if one.kind in _TABLES}
+    return certain & tables, showing & views
 
 
 def with_indexes(catalog: Catalog, tables: set[int]) -> list[Relation]:
@@ -173,47 +198,45 @@ def decide(
     target: str,
     wish: MoveWish,
     *,
-    elsewhere: t.Collection[int] = (),
+    others: t.Sequence[MoveWish] = (),
     encrypted: t.Collection[str] = (),
 ) -> Moves:
     """What must move from ``catalog`` into ``target``.
 
-    A whole database leaves alone what lies in another encrypted tablespace and what the same task sends
-    elsewhere by name: two wishes never pull at one table.
+    What is moved because it hangs on something else (a whole database's tables, materialised views of a table that
+    moves) stays where it is if that is another encrypted tablespace.
 
-    :param elsewhere: tables that the same task names for another tablespace.
+    :param others: what goes to other tablespaces in the same task.
     :param encrypted: the names of all encrypted tablespaces.
     """
-    named = catalog.database == wish.database
-    direct = selected(catalog, wish.tables, ()) if named and wish.tables else set()
-    by_schema = selected(catalog, (), wish.schemas) - set(elsewhere) if named and wish.schemas else set()
-    tables = direct | by_schema
-    whole_database = catalog.database in wish.databases
-    spared: set[int] = set()
-    if whole_database:
-        user = {one.oid for one in catalog.relations if one.kind in ("r", "p", "m") and not _system(one)}
-        tables |= user - set(elsewhere)
-        spared = user - direct - by_schema
-    others = set(encrypted) - {target}
-    left = [
+    certain, showing = selected(catalog, wish, others)
+    whole = catalog.database in wish.databases
+    tables = certain | showing
+    if whole:
+        claimed = {oid for number, other in enumerate(others) for oid in _claims(catalog, other, wish, others, number)}
+        tables |= {one.oid for one in catalog.relations if one.kind in _TABLES and not _system(one)} - claimed
+    elsewhere = set(encrypted) - {target}
+    left = tuple(
         one
         for one in with_indexes(catalog, tables)
-        if one.tablespace != target and not ((one.table or one.oid) in spared and one.tablespace in others)
-    ]
-    if not whole_database:
-        return Moves(catalog.database, tuple(left))
-    if state.tablespace == target:
-        return Moves(catalog.database, tuple(left))
-    large = next((one for one in catalog.relations if one.schema == "pg_catalog" and one.name == LARGE_OBJECTS), None)
+        if one.tablespace != target and not ((one.table or one.oid) not in certain and one.tablespace in elsewhere)
+    )
+    if not whole or state.tablespace == target:
+        return Moves(catalog.database, left)
     in_target = any(one.tablespace == target for one in catalog.relations)
     if state.connections == 0 and not in_target:
         return Moves(catalog.database, tuple(one for one in left if one.tablespace != state.tablespace), whole=True)
-    return Moves(
-        catalog.database,
-        tuple(left),
-        large_objects=large is not None and large.tablespace != target,
-        default=state.default_setting != target,
-    )
+    large = any(_is_large_objects(one) and one.tablespace != target for one in catalog.relations)
+    return Moves(catalog.database, left, large_objects=large, default=state.default_setting != target)
+
+
+def _claims(catalog: Catalog, other: MoveWish, wish: MoveWish, others: t.Sequence[MoveWish], number: int) -> set[int]:
+    """The tables that another wish of the task means by name or schema."""
+    return selected(catalog, other, [wish, *others[:number], *others[number + 1 :]])[0]
+
+
+def _is_large_objects(relation: Relation) -> bool:
+    return relation.schema == "pg_catalog"
 
 
 _RELATIONS = """
@@ -273,7 +296,7 @@ class Progress:
 
 
 class Mover:
-    """Carries moves out.
+    """Carries moves out. A context manager: it holds one connection, to the database that it works in.
 
     :param where: the server.
     :param lock_seconds: how long one try waits for a lock, while others queue behind it.
@@ -285,31 +308,60 @@ class Mover:
         self.lock_seconds = lock_seconds
         self.pause = pause
         self.progress = Progress()
+        self._stack = contextlib.ExitStack()
+        self._connection: psycopg.Connection[t.Any] | None = None
 
-    def move_relations(self, moves: Moves, target: str) -> None:
-        """Move relations, large objects and the default for tables to come, in the database that they are in.
+    def __enter__(self) -> Mover:
+        return self
 
-        :raises TdeError: ``move_blocked`` with what was moved and what is left.
+    def __exit__(self, *raised: t.Any) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the database, so that nobody is in it."""
+        self._connection = None
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def _in(self, database: str) -> t.Iterator[psycopg.Connection[t.Any]]:
+        import psycopg
+
+        if self._connection is None or self._connection.info.dbname != database:
+            self.leave()
+            self._connection = self._stack.enter_context(sql.connect(self.where, database, lock_seconds=self.lock_seconds))
+        try:
+            yield self._connection
+        except psycopg.Error as exc:
+            raise sql.failed(exc, f"database {database}") from None
+
+    def move_relation(self, database: str, relation: Relation, target: str) -> None:
+        """Move one relation.
+
+        :raises TdeError: ``move_blocked`` with what was moved.
         """
-        with sql.connect(self.where, moves.database, lock_seconds=self.lock_seconds) as connection:
-            for number, relation in enumerate(moves.relations):
-                self._move(connection, relation, target, left=len(moves.relations) - number)
-            if moves.large_objects:
-                # Superusers only; for this session only.
-                connection.execute("SET allow_system_table_mods = on")
-                for relation in read_catalog(connection).relations:
-                    if relation.schema == "pg_catalog" and relation.tablespace != target:
-                        self._move(connection, relation, target, left=1)
-            if moves.default:
-                self._default(connection, moves.database, target)
+        with self._in(database) as connection:
+            self._move(connection, relation, target)
 
-    def _default(self, connection: psycopg.Connection[t.Any], database: str, target: str) -> None:
+    def move_large_objects(self, database: str, target: str) -> None:
+        """Move the system table of large objects with its index; only a superuser may, and only with a setting of its own."""
+        with self._in(database) as connection:
+            connection.execute("SET allow_system_table_mods = on")
+            try:
+                for relation in read_catalog(connection).relations:
+                    if _is_large_objects(relation) and relation.tablespace != target:
+                        self._move(connection, relation, target)
+            finally:
+                connection.execute("RESET allow_system_table_mods")
+
+    def set_default(self, database: str, target: str) -> None:
+        """Set the tablespace of tables to come, for sessions to come."""
         from psycopg import sql as quoted
 
         statement = quoted.SQL("ALTER DATABASE {} SET default_tablespace = {}")
-        connection.execute(statement.format(quoted.Identifier(database), quoted.Literal(target)))
+        with self._in(database) as connection:
+            connection.execute(statement.format(quoted.Identifier(database), quoted.Literal(target)))
 
-    def _move(self, connection: psycopg.Connection[t.Any], relation: Relation, target: str, left: int) -> None:
+    def _move(self, connection: psycopg.Connection[t.Any], relation: Relation, target: str) -> None:
         import psycopg
         from psycopg import sql as quoted
 
@@ -344,9 +396,9 @@ class Mover:
             "move_blocked",
             f"{ATTEMPTS} times no lock within {self.lock_seconds:g} seconds",
             obj=f"{relation.label} in database {connection.info.dbname}",
-            kept=f"{len(self.progress.rows)} objects were moved and stay moved; {left} are left here.",
+            kept=f"{len(self.progress.rows)} objects were moved and stay moved.",
             next_step="Run again when the long transactions have ended, or with a longer lock_timeout.",
-            details={"moved": self.progress.rows, "left": left},
+            details={"moved": self.progress.rows},
         )
 
     def move_database(self, name: str, target: str, tablespace: str) -> bool:
@@ -359,6 +411,7 @@ class Mover:
         from psycopg import sql as quoted
 
         # The database itself must have no connection, ours included.
+        self.leave()
         other = "template1" if self.where.connection.database == name else self.where.connection.database
         began = time.monotonic()
         statement = quoted.SQL("ALTER DATABASE {} SET TABLESPACE {}").format(quoted.Identifier(name), quoted.Identifier(target))

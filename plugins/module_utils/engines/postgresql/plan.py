@@ -42,7 +42,7 @@ class PlaceFacts:
     :param parent: what is wrong with the parent folder, "" if it is root's own.
     :param parent_exists: the parent folder is there.
     :param overlaps: the path lies inside the data directory, or around it.
-    :param made: the record or the journal says that it was made.
+    :param made: the record or the journal says that it was made; :param recorded: the record does.
     :param same_file_system: it lies on the file system that the record names.
     :param filled: the server's files are there: a data directory's PG_VERSION, a tablespace in the catalog.
     :param begun: creating the cluster there was begun and not finished.
@@ -62,6 +62,7 @@ class PlaceFacts:
     parent_exists: bool = True
     overlaps: bool = False
     made: bool = False
+    recorded: bool = False
     same_file_system: bool = True
     filled: bool = False
     begun: bool = False
@@ -161,22 +162,20 @@ def make_place(place: PlaceFacts, key: Key | None, slots: t.Sequence[Wanted], *,
     :param owner: user id of the server's user.
     :raises TdeError: what makes the place impossible or unreachable.
     """
-    if place.made:
-        check_made(place, key)
-        return []
-    _check_new(place, key)
     data = {"key_id": place.key_id, "path": place.path}
     obj = f"directory {place.path}"
+    record = Step("record_place", obj, "so that it is never taken for new when it does not show", data)
+    if place.made:
+        check_made(place, key)
+        return [] if place.recorded else [record]
+    _check_new(place, key)
     plan: Plan = []
     if key is None:
         demand_recovery(slots, no_recovery, f"data key {place.key_id}")
         names = [one.name for one in slots]
         plan.append(Step("create_data_key", f"data key {place.key_id}", f"under keyslots {', '.join(names)}", {**data, "slots": names}))
-        plan += [_prove(place.key_id, one.name) for one in slots]
-    else:
-        plan += [_prove(place.key_id, slot.name) for slot in key.slots if slot.proved is None]
-        if len({slot.name for slot in key.slots}) < 2 and not no_recovery:
-            raise recovery_missing(f"data key {place.key_id}", "its only keyslot would be the only way to the data")
+    elif len({slot.name for slot in key.slots}) < 2 and not no_recovery:
+        raise recovery_missing(f"data key {place.key_id}", "its only keyslot would be the only way to the data")
     if not place.open:
         plan.append(add_kernel_key(place))
     if not place.exists:
@@ -185,13 +184,7 @@ def make_place(place: PlaceFacts, key: Key | None, slots: t.Sequence[Wanted], *,
         plan.append(Step("set_policy", obj, "encrypted from here on", data))
     if not place.exists or place.owner != owner or place.mode != PLACE_MODE:
         plan.append(Step("hand_over", obj, "to the server's user, after it is encrypted", data))
-    plan.append(Step("record_place", obj, "so that it is never taken for new when it does not show", data))
-    return plan
-
-
-def _prove(key_id: str, name: str) -> Step:
-    data = {"key_id": key_id, "name": name}
-    return Step("prove_keyslot", f"keyslot {name} of data key {key_id}", "before anything rests on it", data)
+    return [*plan, record]
 
 
 def add_kernel_key(place: PlaceFacts) -> Step:

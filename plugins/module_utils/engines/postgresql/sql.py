@@ -21,6 +21,8 @@ if t.TYPE_CHECKING:
 CONNECT_SECONDS = 10
 #: Seconds that a look into the catalogs may take.
 READ_SECONDS = 60
+#: Seconds that a checkpoint may take.
+CHECKPOINT_SECONDS = 600
 #: Seconds that a lock is waited for, where the user gave nothing.
 LOCK_SECONDS = 10.0
 
@@ -270,6 +272,12 @@ def set_owner(connection: psycopg.Connection[t.Any], name: str, owner: str) -> N
     from psycopg import sql
 
     connection.execute(sql.SQL("ALTER TABLESPACE {} OWNER TO {}").format(sql.Identifier(name), sql.Identifier(owner)))
+
+
+def checkpoint(connection: psycopg.Connection[t.Any]) -> None:
+    """CHECKPOINT: bring what the server has in memory to its files."""
+    connection.execute("SELECT set_config('statement_timeout', %s, false)", (f"{CHECKPOINT_SECONDS}s",))
+    connection.execute("CHECKPOINT")
 
 
 def qualified(schema: str, name: str) -> sql.Composed:

@@ -1,0 +1,332 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""A cluster's data keys at work: the facts that ``keyslots`` decides on, and the acts that it orders.
+
+For every engine whose data keys are wrapped by us. Secrets stay in here: a plan and its steps name keyslots only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing as t
+
+from ..common.errors import TdeError
+from ..common.journal import Journal
+from ..common.plan import Handlers, Plan, Step
+from ..keystore.store import KeyStore, PassphraseCredential, PassphraseSlot, TokenCredential, TokenSlot
+from ..pkcs11.envelope import COMPANION, load_kek
+from ..pkcs11.kek import create_kek
+from ..pkcs11.keys import KeyRef
+from ..pkcs11.library import load
+from ..pkcs11.registry import Registry
+from ..pkcs11.token import TokenAccess, find, open_session
+from .base import Request, SlotWish
+from .keyslots import PASSPHRASE, TOKEN, Kek, Key, Slot, Token, Wanted, current_label, known
+from .record import Token as RecordedToken
+
+if t.TYPE_CHECKING:
+    from ..keystore.store import Credential, DataKey
+    from ..keystore.store import Slot as StoreSlot
+
+#: Why a token may not answer on a host where the tasks before this one were only planned.
+_NOT_YET = ("token_absent", "token_not_ready", "library_absent", "library_not_started", "library_not_loaded")
+
+
+def _slot(facts: t.Mapping[str, t.Any]) -> Slot:
+    token = Token.of(facts["token_label"], facts["token_serial"] or "") if facts["token_label"] is not None else None
+    return Slot(
+        name=facts["name"],
+        uid=facts["uid"],
+        protection=facts["protection"],
+        created=facts["created"],
+        proved=facts["proved"],
+        token=token,
+        kek_label=facts["kek_label"] or "",
+        kek_id=facts["kek_id"] or "",
+        kek_kcv=facts["kek_kcv"] or "",
+    )
+
+
+def read_keys(store: KeyStore) -> list[Key]:
+    """Every data key's public facts.
+
+    :raises TdeError: ``keystore_unreachable`` and what makes a file unreadable.
+    """
+    return [
+        Key(one["key_id"], one["check_value"], tuple(map(_slot, one["keyslots"])), tuple(map(_slot, one["history"])))
+        for one in store.describe()
+    ]
+
+
+def read_keks(registry: Registry, cluster: str) -> list[Kek]:
+    """The master keys that the host remembers for a cluster, in the order in which they were made."""
+    return [
+        Kek(Token.of(entry["token_label"], entry["token_serial"]), entry["label"], entry["since"], entry["id"])
+        for entry in registry.keys()  # noqa: SIM118 - a registry is no dictionary
+        if entry["cluster"] == cluster and not entry["label"].endswith(COMPANION)
+    ]
+
+
+class Keyring:
+    """The data keys and keyslots of a cluster. Making the object touches nothing.
+
+    :param request: the cluster, and the credentials of the options at top level.
+    :param wishes: keyslots wished for, with their credentials.
+    :param length: bytes of a new data key; :param check: its check value as its consumer tells it.
+    :param dry: check mode: a token that does not answer, and of which nothing is remembered, counts as one to come.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        wishes: t.Sequence[SlotWish],
+        *,
+        length: int,
+        check: t.Callable[[bytes], str],
+        dry: bool,
+    ) -> None:
+        self.request = request
+        self.wishes = list(wishes)
+        self.length = length
+        self.check = check
+        self.dry = dry
+        self.warnings: list[str] = []
+        self.store = KeyStore(request.state, request.cluster)
+        self.registry = Registry(request.state)
+        self.journal = Journal(request.state.journal)
+        self.keys: list[Key] = []
+        self.keks: list[Kek] = []
+        self._tokens: dict[tuple[t.Any, ...], Token] = {}
+        self._opened: dict[str, DataKey] = {}
+
+    # --- looking
+
+    def look(self) -> None:
+        """Read the public facts anew, into :attr:`keys` and :attr:`keks`."""
+        self.keys = read_keys(self.store)
+        self.keks = read_keks(self.registry, self.request.cluster)
+
+    def key(self, key_id: str) -> Key | None:
+        """The data key of a name."""
+        return next((key for key in self.keys if key.key_id == key_id), None)
+
+    def token(self, access: TokenAccess) -> Token:
+        """The token that is meant, found without a login.
+
+        :raises TdeError: what the library and the search answer; ``token_unreachable`` where a key file names it.
+        """
+        index = (access.library.path, access.selector)
+        if index not in self._tokens:
+            try:
+                info = find(load(access.library), access.selector, self.registry)
+                self._tokens[index] = Token.of(info.label, info.serial)
+            except TdeError as exc:
+                self._tokens[index] = self._absent(access, exc)
+        return self._tokens[index]
+
+    def _absent(self, access: TokenAccess, exc: TdeError) -> Token:
+        if exc.code not in _NOT_YET:
+            raise exc
+        uris = access.selector.uris()
+        label = next((uri.token for uri in uris if uri.token is not None), None)
+        slots = [slot for key in self.keys for slot in key.slots if slot.token and label in (None, slot.token.label)]
+        if slots and exc.code == "token_absent":
+            raise TdeError(
+                "token_unreachable",
+                f"keyslot {slots[0].name} names it, and the library does not list it",
+                obj=str(access.selector),
+                kept="Nothing was created in its place.",
+                next_step="Mount the token's folder, plug the device in or start its service.",
+            ) from None
+        if slots or not self.dry or self.registry.names_token(label=label):
+            raise exc
+        self.warnings.append(f"{exc.obj or access.selector}: {exc.message}. The plan takes it for one that an earlier task will make.")
+        return Token.of(label or "?", "")
+
+    def wanted(self) -> list[Wanted]:
+        """The keyslots wished for, with the master keys that they are, or would be, under."""
+        found = []
+        for wish in self.wishes:
+            if wish.protection != TOKEN or wish.access is None:
+                found.append(Wanted(wish.name, wish.protection))
+                continue
+            token = self.token(wish.access)
+            found.append(Wanted(wish.name, TOKEN, token, current_label(self.request.cluster, token, self.keys, self.keks)))
+        return found
+
+    def check_master_keys(self, wanted: t.Iterable[Wanted]) -> None:
+        """Log in where a PIN was given, and see that the master keys which must exist do.
+
+        :raises TdeError: ``key_unreachable``, and what the login answers.
+        """
+        done = set()
+        for one in wanted:
+            access = self.wish(one.name).access
+            if not (one.token and access and access.pin) or (one.token, one.kek_label) in done:
+                continue
+            done.add((one.token, one.kek_label))
+            if known(one.kek_label, one.token, self.keys, self.keks):
+                with open_session(access, self.request.state) as session:
+                    load_kek(session, self._kek(one.token, one.kek_label))
+
+    def probe(self, keys: t.Iterable[Key]) -> None:
+        """Find out which keyslots the passphrases given open; into :attr:`keys`."""
+        for key in list(keys):
+            answers: dict[str, str | None] = {}
+            for wish in self.wishes:
+                secret = self._passphrase(wish)
+                if secret and any(slot.protection == PASSPHRASE for slot in key.named(wish.name)):
+                    answers[wish.name] = self.store.find_keyslot(key.key_id, PassphraseSlot(wish.name, secret))
+            slots = tuple(
+                _with_answer(slot, answers[slot.name]) if slot.name in answers and slot.protection == PASSPHRASE else slot
+                for slot in key.slots
+            )
+            self.keys[self.keys.index(key)] = Key(key.key_id, key.check_value, slots, key.formerly)
+
+    def same_passphrases(self) -> None:
+        """Refuse a new data key under another passphrase than its siblings: a slip of the hand would only show in need.
+
+        :raises TdeError: ``passphrase_refused``.
+        """
+        for wish in self.wishes:
+            secret = self._passphrase(wish)
+            for key in self.keys:
+                if secret and any(slot.protection == PASSPHRASE and slot.proved for slot in key.named(wish.name)):
+                    if self.store.find_keyslot(key.key_id, PassphraseSlot(wish.name, secret)) is None:
+                        raise TdeError(
+                            "passphrase_refused",
+                            f"does not open the keyslot of that name of data key {key.key_id}",
+                            obj=f"passphrase of keyslot {wish.name}",
+                            next_step="Correct it; or take another name for a keyslot under another passphrase.",
+                        )
+                    break
+
+    def wish(self, name: str) -> SlotWish:
+        """The keyslot wished for under a name."""
+        return next(wish for wish in self.wishes if wish.name == name)
+
+    def _passphrase(self, wish: SlotWish) -> t.Any:
+        return (wish.passphrase or self.request.passphrase) if wish.protection == PASSPHRASE else None
+
+    # --- before acting
+
+    def ready(self, plan: Plan) -> None:
+        """See that every secret is there and every key opens that the plan needs, before its first step.
+
+        :raises TdeError: ``credential_missing``, and what opening the keys answers.
+        """
+        for step in plan:
+            names = {"create_data_key": step.data.get("slots", ()), "add_keyslot": [step.data.get("name")]}.get(step.action, ())
+            for name in names:
+                self._demand(t.cast(str, name))
+            if step.action == "create_kek":
+                self._demand(step.data["slot"])
+        if any(step.action == "create_data_key" for step in plan):
+            self.same_passphrases()
+        needed = [step.data["key_id"] for step in plan if step.action in ("add_keyslot", "remove_keyslot", "add_kernel_key")]
+        self.unlock([key_id for key_id in dict.fromkeys(needed) if self.key(key_id)])
+
+    def _demand(self, name: str) -> None:
+        wish = self.wish(name)
+        if wish.protection == PASSPHRASE and not self._passphrase(wish):
+            raise TdeError("credential_missing", "its passphrase was not given", obj=f"keyslot {name}", next_step="Set passphrase in keyslots.")
+        if wish.protection == TOKEN and wish.access is None:
+            raise TdeError("credential_missing", "no token was named", obj=f"keyslot {name}", next_step="Set library, token_label and pin.")
+
+    def unlock(self, key_ids: t.Sequence[str]) -> None:
+        """Open data keys, all with one login."""
+        closed = [key_id for key_id in key_ids if key_id not in self._opened]
+        if closed:
+            self._opened.update(self.store.open_keys(closed, self.credentials()))
+
+    def data_key(self, key_id: str) -> DataKey:
+        """An opened data key."""
+        self.unlock([key_id])
+        return self._opened[key_id]
+
+    def credentials(self) -> list[Credential]:
+        """All credentials given, those of the options at top level first; each once."""
+        accesses: list[TokenAccess] = []
+        for access in [self.request.access, *(wish.access for wish in self.wishes)]:
+            if access and access not in accesses:
+                accesses.append(access)
+        secrets = []
+        for secret in [self.request.passphrase, *(wish.passphrase for wish in self.wishes)]:
+            if secret and secret not in secrets:
+                secrets.append(secret)
+        tokens = [TokenCredential(access) for access in accesses if access.pin or not secrets]
+        return [*tokens, *(PassphraseCredential(secret) for secret in secrets)]
+
+    # --- acting
+
+    def handlers(self) -> Handlers:
+        """The acts of the steps that ``keyslots`` and an engine's plan order."""
+        return {
+            "create_keystore": lambda step: self._create_keystore(),
+            "create_kek": self._create_kek,
+            "create_data_key": self._create_data_key,
+            "add_keyslot": lambda step: self._keyslot(self.store.add_keyslot, step),
+            "prove_keyslot": lambda step: void(self.store.prove_keyslot(step.data["key_id"], self._store_slot(step.data["name"], step))),
+            "remove_keyslot": self._remove_keyslot,
+        }
+
+    def _create_keystore(self) -> None:
+        self.store.create()
+
+    def _create_kek(self, step: Step) -> None:
+        access = self.wish(step.data["slot"]).access
+        assert access is not None  # noqa: S101 - ready() has refused it
+        with open_session(access, self.request.state, rw=True) as session:
+            info = session.token
+            # From now on a token that does not show is unreachable, whoever initialised it.
+            self.registry.remember_token(info.label, info.serial, access.library.path)
+            create_kek(session, step.data["kek_label"], cluster=self.request.cluster, registry=self.registry, journal=self.journal)
+        self.keks = read_keks(self.registry, self.request.cluster)
+
+    def _create_data_key(self, step: Step) -> None:
+        slots = [self._store_slot(name, step) for name in step.data["slots"]]
+        key_id = step.data["key_id"]
+        self._opened[key_id] = self.store.create_key(key_id, self.length, slots, self.check)
+
+    def _keyslot(self, act: t.Callable[[str, DataKey, StoreSlot], bool], step: Step) -> None:
+        key_id = step.data["key_id"]
+        act(key_id, self.data_key(key_id), self._store_slot(step.data["name"], step))
+
+    def _remove_keyslot(self, step: Step) -> None:
+        key_id = step.data["key_id"]
+        self.store.remove_keyslot(key_id, self.data_key(key_id), step.data["name"], step.data["uid"])
+
+    def _store_slot(self, name: str, step: Step) -> StoreSlot:
+        """A keyslot wished for, with its secret, as the store takes it."""
+        wish = self.wish(name)
+        secret = self._passphrase(wish)
+        if wish.protection == PASSPHRASE:
+            return PassphraseSlot(name, secret)
+        assert wish.access is not None  # noqa: S101 - ready() has refused it
+        token = self.token(wish.access)
+        label = step.data.get("kek_label") or current_label(self.request.cluster, token, self.keys, self.keks)
+        return TokenSlot(name, wish.access, self._kek(token, label))
+
+    def _kek(self, token: Token, label: str) -> KeyRef:
+        ids = [kek.id for kek in self.keks if (kek.token, kek.label) == (token, label)]
+        ids += [slot.kek_id for key in self.keys for slot in key.slots if (slot.token, slot.kek_label) == (token, label)]
+        if not ids:
+            raise TdeError("key_unreachable", "nothing on this host tells its id", obj=f"master key {label} in token {token.label}")
+        return KeyRef(label, bytes.fromhex(ids[0]))
+
+    def recorded_tokens(self) -> list[RecordedToken]:
+        """How the tokens of the credentials are reached, for the cluster's record."""
+        found = []
+        for access in [self.request.access, *(wish.access for wish in self.wishes)]:
+            if access:
+                token = self.token(access)
+                found.append(RecordedToken(access.library.path, dict(access.library.environment), token.label, token.serial))
+        return found
+
+
+def void(_answer: object) -> None:
+    """Drop an answer: a handler has none."""
+
+
+def _with_answer(slot: Slot, uid: str | None) -> Slot:
+    return dataclasses.replace(slot, opens=slot.uid == uid)

@@ -1,0 +1,215 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""All that can be told of a PostgreSQL estate without a secret, ours or not: read only, and every failure is a fact.
+
+:func:`collect` looks; the sentences about what is in the clear come from ``gaps``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import typing as t
+
+from ...common.errors import TdeError
+from ...keystore.store import KeyStore
+from ...pkcs11.registry import Registry
+from ...storage import fscrypt
+from ...storage.mounts import device_layers, mount_of, raw_device
+from .. import keyslots
+from ..keyring import read_keks, read_keys
+from . import gaps, look, public, sql
+from .options import Options
+
+if t.TYPE_CHECKING:
+    from .engine import Postgresql
+
+Facts = t.Dict[str, t.Any]
+
+#: How a place is encrypted, as ``encryption`` says it.
+OURS, FOREIGN, DM_CRYPT, PLAIN, UNKNOWN = "ours", "unknown_key", "dm_crypt", "plain", "unknown"
+
+
+def _tried(problems: list[str], act: t.Callable[[], t.Any], otherwise: t.Any) -> t.Any:
+    """An answer; or, if it could not be had, ``otherwise`` and a sentence among the problems."""
+    try:
+        return act()
+    except TdeError as exc:
+        problems.append(f"{exc.obj}: {exc.message}" if exc.obj else exc.message)
+        return otherwise
+
+
+def encryption(path: str, identifiers: t.Mapping[str, str]) -> Facts:
+    """How the directory at a path is encrypted, judged by its inode's policy and by what lies under its file system.
+
+    :param identifiers: data key names by key identifier.
+    :returns: ``path``, ``encryption`` (ours, unknown_key, dm_crypt, plain, unknown), ``key_id``, ``identifier``,
+        ``kernel_key``, ``mount``, ``problem``.
+    """
+    facts: Facts = {"path": path, "encryption": UNKNOWN, "key_id": None, "identifier": None, "kernel_key": None, "mount": None, "problem": None}
+    try:
+        mount = mount_of(path)
+        facts["mount"] = {"mount_point": mount.mount_point, "filesystem": mount.filesystem, "source": mount.source}
+        raw = raw_device(path)
+        device = raw if raw.node else device_layers(mount.device)
+        # Where the file system has no encryption of its own, "no policy" needs no asking.
+        policy = fscrypt.policy(path) if fscrypt.supported(path)["supported"] else None
+        if policy:
+            facts["identifier"] = policy["identifier"]
+            facts["key_id"] = identifiers.get(policy["identifier"])
+            facts["encryption"] = OURS if facts["key_id"] else FOREIGN
+            if policy["version"] > 1:
+                facts["kernel_key"] = fscrypt.key_status(path, policy["identifier"])
+        elif device.node:
+            facts["encryption"] = DM_CRYPT if device.crypt else PLAIN
+        else:
+            facts["problem"] = raw.reason
+    except TdeError as exc:
+        facts["problem"] = exc.message
+    return facts
+
+
+def _tablespaces(server: look.Server, identifiers: t.Mapping[str, str], problems: list[str]) -> list[Facts]:
+    """Every tablespace; of a server that does not answer, those that its data directory links to."""
+    found = []
+    if server.answer:
+        for one in server.answer.tablespaces:
+            if one.location == sql.UNKNOWN_LOCATION:
+                problems.append(f"tablespace {one.name}: the server cannot read its link")
+                continue
+            inner = os.path.join(server.answer.data_directory, {"pg_global": "global"}.get(one.name, "base"))
+            found.append({"name": one.name, "owner": one.owner, **encryption(os.path.realpath(one.location or inner), identifiers)})
+        return found
+    links = os.path.join(server.data_directory, "pg_tblspc")
+    try:
+        names = sorted(os.listdir(links)) if server.data_directory else []
+    except OSError:
+        return []
+    for oid in names:
+        path = os.path.realpath(os.path.join(links, oid))
+        facts = encryption(path, identifiers)
+        name = facts["key_id"].partition(".")[2] if facts["key_id"] else f"oid {oid}"
+        found.append({"name": name, "owner": None, **facts})
+    return found
+
+
+def _databases(answer: sql.Server | None) -> list[Facts]:
+    if answer is None:
+        return []
+    return [
+        {"name": one.name, "tablespace": one.tablespace, "default_tablespace": one.default_setting or one.tablespace}
+        for one in answer.databases
+        if not one.template
+    ]
+
+
+def _server(server: look.Server) -> Facts:
+    answer = server.answer
+    return {
+        "address": server.access.where,
+        "running": server.postmaster is not None or answer is not None,
+        "pid": server.postmaster.pid if server.postmaster else None,
+        "data_directory": server.data_directory or None,
+        "answers": answer is not None,
+        "problem": None if answer or server.error is None else server.error.message,
+        "error_code": None if answer or server.error is None else server.error.code,
+        "version": answer.version if answer else None,
+        "standby": answer.standby if answer else None,
+        "standbys_attached": answer.standbys if answer else None,
+        "settings": dict(answer.settings) if answer else {},
+    }
+
+
+def _key(key: keyslots.Key, keks: t.Sequence[keyslots.Kek], today: datetime.date) -> Facts:
+    return {
+        "key_id": key.key_id,
+        "check_value": key.check_value,
+        "keyslots": [
+            {
+                "name": slot.name,
+                "protection": slot.protection,
+                "proved": slot.proved is not None,
+                "age_days": (today - datetime.date.fromisoformat(slot.created[:10])).days,
+                "token_label": slot.token.label if slot.token else None,
+                "token_serial": slot.token.serial if slot.token else None,
+                "master_key": slot.kek_label or None,
+                "master_key_check_value": slot.kek_kcv or None,
+            }
+            for slot in key.slots
+        ],
+        "formerly": sorted({public.slot_words(slot) for slot in key.formerly}),
+    }
+
+
+def collect(engine: Postgresql) -> Facts:
+    """Everything; nothing is changed, nothing is needed but root."""
+    problems: list[str] = []
+    state, cluster, options, record = engine.request.state, engine.request.cluster, engine.options, engine.record
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    keys: list[keyslots.Key] = _tried(problems, lambda: read_keys(KeyStore(state, cluster)), [])
+    keks: list[keyslots.Kek] = _tried(problems, lambda: read_keks(Registry(state), cluster), [])
+    identifiers = {key.check_value: key.key_id for key in keys}
+    server = look_at_server(engine, options, problems)
+    tablespaces = _tablespaces(server, identifiers, problems)
+    data_directory = encryption(os.path.realpath(server.data_directory), identifiers) if server.data_directory else None
+    known = {key.key_id: key for key in keys}
+    places = []
+    for place in record.places if record else ():
+        try:
+            facts = look.place(place.key_id, place.path, known.get(place.key_id), place)
+        except TdeError as exc:
+            problems.append(f"{place.path}: {exc.message}")
+            continue
+        places.append({"key_id": place.key_id, **public.place_facts(facts), "exists": facts.exists, "mount_point": place.mount_point})
+    found: Facts = {
+        "cluster": cluster,
+        "engine": engine.name,
+        "managed": record is not None,
+        "coverage": options.coverage if record else None,
+        "pin_source": dict(record.pin_source) if record else None,
+        "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
+        "master_keys": [
+            {
+                "label": kek.label,
+                "id": kek.id,
+                "token_label": kek.token.label,
+                "token_serial": kek.token.serial,
+                "age_days": keyslots.age(kek.label, kek.token, keys, keks, today),
+                "current": keyslots.in_use(kek, keys, keks),
+            }
+            for kek in keks
+        ],
+        "keys": [_key(key, keks, today) for key in keys],
+        "places": places,
+        "server": _server(server),
+        "data_directory": data_directory,
+        "tablespaces": tablespaces,
+        "databases": _databases(server.answer),
+        "problems": problems,
+    }
+    found["same_disk"] = _same_disk(engine, found)
+    found["gaps"] = gaps.sentences(found)
+    found["encrypted"] = bool(data_directory) and gaps.covered(found)
+    return found
+
+
+def look_at_server(engine: Postgresql, options: Options, problems: list[str]) -> look.Server:
+    """The server; Debian's tools may be missing, which is no more than a problem."""
+    try:
+        return look.server(engine.request.connection, options)
+    except TdeError as exc:
+        problems.append(f"{exc.obj}: {exc.message}")
+        bare = dataclasses.replace(options, debian_cluster=None)
+        return look.server(engine.request.connection, bare)
+
+
+def _same_disk(engine: Postgresql, found: Facts) -> bool:
+    """Whether the PIN's file and the store lie on one file system."""
+    source = found["pin_source"] or {}
+    if source.get("kind") != "file":
+        return False
+    try:
+        return os.stat(engine.request.state.path).st_dev == os.stat(source["path"]).st_dev
+    except OSError:
+        return False

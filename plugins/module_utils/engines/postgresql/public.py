@@ -1,0 +1,89 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The facts that a diff shows, and what a plan makes of them: pure."""
+
+from __future__ import annotations
+
+import copy
+import typing as t
+
+from ...common.plan import Plan, Step
+from ...storage import image
+from .. import record as records
+from ..keyslots import Kek, Key, Slot
+from .look import Storage
+from .plan import PlaceFacts
+
+Facts = t.Dict[str, t.Any]
+
+
+def slot_words(slot: Slot) -> str:
+    """What a keyslot is under, in words."""
+    return f"{slot.kek_label} in token {slot.token.label}" if slot.token else slot.protection
+
+
+def key_facts(key: Key) -> Facts:
+    """A data key as a result shows it."""
+    return {"check_value": key.check_value, "keyslots": {slot.name: slot_words(slot) for slot in key.slots}}
+
+
+def place_facts(place: PlaceFacts) -> Facts:
+    """A place as a result shows it."""
+    return {
+        "path": place.path,
+        "encrypted": bool(place.policy),
+        "made": place.made,
+        "kernel_key": place.kernel_key or "absent",
+    }
+
+
+def facts(
+    keys: t.Sequence[Key],
+    keks: t.Sequence[Kek],
+    places: t.Sequence[PlaceFacts],
+    record: records.Record | None,
+    storage: Storage | None = None,
+) -> Facts:
+    """A cluster's public facts."""
+    shown: Facts = {
+        "keys": {key.key_id: key_facts(key) for key in keys},
+        "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in keks],
+        "places": {place.key_id: place_facts(place) for place in places if place.exists},
+        "record": {name: value for name, value in record.public().items() if name != "places"} if record else None,
+    }
+    if storage:
+        shown["storage"] = image.facts(storage.wish, storage.state)
+    return shown
+
+
+def expected(before: Facts, plan: Plan) -> Facts:
+    """The facts after a plan, as far as it tells them."""
+    after = copy.deepcopy(before)
+    for step in plan:
+        _apply(after, step)
+    return after
+
+
+def _apply(after: Facts, step: Step) -> None:
+    data = step.data
+    keys, places = after.setdefault("keys", {}), after.setdefault("places", {})
+    if step.action == "create_kek":
+        after["master_keys"] = [*after.get("master_keys", []), f"{data['kek_label']} in token {data['token_label']}"]
+    elif step.action == "create_data_key":
+        keys[data["key_id"]] = {"check_value": "new", "keyslots": dict.fromkeys(data["slots"], "new")}
+    elif step.action == "add_keyslot" and data["key_id"] in keys:
+        keys[data["key_id"]]["keyslots"][data["name"]] = "new"
+    elif step.action == "remove_keyslot" and data["key_id"] in keys and keys[data["key_id"]]["keyslots"].get(data["name"]) != "new":
+        keys[data["key_id"]]["keyslots"].pop(data["name"], None)
+    elif step.action == "record_place":
+        places[data["key_id"]] = {"path": data["path"], "encrypted": True, "made": True, "kernel_key": "present"}
+    elif step.action in ("add_kernel_key", "remove_kernel_key") and data["key_id"] in places:
+        places[data["key_id"]]["kernel_key"] = "present" if step.action == "add_kernel_key" else "absent"
+    elif step.action == "write_record":
+        after["record"] = {name: value for name, value in data["record"].items() if name != "places"}
+    elif step.action == "create_tablespace":
+        after.setdefault("tablespaces", {})[data["name"]] = {"location": data["path"], "owner": data["owner"] or "login_user"}
+    elif step.action == "set_tablespace_owner":
+        after["tablespaces"][data["name"]]["owner"] = data["owner"]
+    elif step.action in ("make_mount_point", "create_image", "mount_image", "extend_image"):
+        after.setdefault("storage", {})[step.action] = step.obj
