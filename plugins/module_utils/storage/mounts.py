@@ -81,9 +81,10 @@ def parse(text: str) -> list[Mount]:
 
 def _parse_line(line: str) -> Mount:
     try:
-        head, tail = line.split(" - ", 1)
-        mount_id, parent_id, device, root, mount_point, options = head.split(" ")[:6]
-        filesystem, source, super_options = tail.split(" ")[:3]
+        fields = line.split(" ")
+        mount_id, parent_id, device, root, mount_point, options = fields[:6]
+        # Optional fields, as many as there are, end with a hyphen; one further to the left is a name.
+        filesystem, source, super_options = fields[fields.index("-", 6) + 1 :][:3]
         major, minor = device.split(":")
         return Mount(
             int(mount_id),

@@ -32,6 +32,17 @@ MAX_FILES = 256
 _CONTROL_TRIES = 8
 
 
+#: What no proof of a place shows, for the reader of a report.
+NOT_COVERED = (
+    "Freed blocks: what lay on the disk before, at this place or at the one that data moved away from, may still stand there in plain text.",
+    "Copies: base backups, dumps, archived logs and what is replicated leave the encrypted place; so do the server's log and swap space.",
+)
+NOT_COVERED_BY_A_PART = (
+    "What a database keeps outside its tablespaces: write-ahead log, temporary files, statistics, catalogs. "
+    "Only a proof of the whole data directory covers them."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ProofTarget:
     """A place that a proof looks at; the engine names it.
