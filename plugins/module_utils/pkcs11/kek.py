@@ -119,7 +119,7 @@ def _complete(session: Session, ref: KeyRef, resumed: bool, cluster: str, regist
 def _ensure(session: Session, spec: KeySpec, cluster: str, registry: Registry) -> KeyInfo:
     found = find(session, spec.label, id=spec.id, cls="secret")
     info = found[0] if found else make.generate(session, spec)
-    registry.remember_key(session.token.label, session.token.serial, spec.label, info.id.hex(), "secret_key", cluster)
+    make.remember(session, registry, info, cluster)
     return info
 
 

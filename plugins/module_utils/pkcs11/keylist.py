@@ -108,7 +108,7 @@ def _apply(
         now = [find(session, wish.spec.label, id=wish.spec.id) for wish in wishes]
         present = [main_keys(listed, wish.spec)[0] for wish, listed in zip(wishes, now, strict=True) if wish.state == "present"]
         for info in present:
-            runner.remember(info)
+            make.remember(session, registry, info)
         return Outcome(whole, [info.public() for info in present], before, _facts(now), warnings)
 
 
@@ -188,7 +188,8 @@ class _Runner:
 
         def make_key(step: Step) -> None:
             spec = dataclasses.replace(wish.spec, id=bytes.fromhex(step.data["id"]))
-            self.remember((make.import_key if spec.imported else make.generate)(self._session, spec))
+            made = (make.import_key if spec.imported else make.generate)(self._session, spec)
+            make.remember(self._session, self._registry, made)
 
         def change_key(step: Step) -> None:
             make.change(self._session, wish.spec.label, bytes.fromhex(step.data["id"]), step.data["changes"])
@@ -206,12 +207,6 @@ class _Runner:
             "forget_key": lambda step: self._forget(wish, step),
         }
         planning.run(plan, {name: self._journalled(wish, act) for name, act in acts.items()})
-
-    def remember(self, info: KeyInfo) -> None:
-        """Enter a key into the registry, unless it stands there for a cluster already."""
-        row = (self._token.label, self._token.serial, info.label, info.id.hex())
-        if not self._registry.names_key(*row):
-            self._registry.remember_key(*row, f"{info.cls}_key")
 
     def _forget(self, wish: Wish, step: Step) -> None:
         self._registry.forget_key(self._token.label, self._token.serial, wish.spec.label, step.data["id"])

@@ -31,6 +31,18 @@ def registered(registry: Registry, token: TokenInfo, label: str) -> list[Entry]:
     )
 
 
+def remember(session: Session, registry: Registry, info: KeyInfo, cluster: str = "") -> None:
+    """Enter a key and its token into the registry: from now on neither is ever taken for absent.
+
+    :param cluster: whose keystore needs the key; a key that stands there for a cluster already is left so.
+    """
+    token = session.token
+    registry.remember_token(token.label, token.serial, session.library.path)
+    known = registry.names_key(token.label, token.serial, info.label, info.id.hex())
+    if not known or cluster:
+        registry.remember_key(token.label, token.serial, info.label, info.id.hex(), f"{info.cls}_key", cluster)
+
+
 def generate(session: Session, spec: KeySpec) -> KeyInfo:
     """Make a key in the token.
 
