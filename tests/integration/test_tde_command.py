@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.command import main
 from ansible_collections.hsm.tde.tests.integration import support
+from ansible_collections.hsm.tde.tests.unit.command.closure import archive, missing_imports
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the command is root's")
 
@@ -59,6 +60,8 @@ def test_what_ansible_installs_runs_without_ansible(wish: dict[str, t.Any]) -> N
     assert "CHANGED" in installed["head"]
     assert len(installed["plan"]) == 4
 
+    # Ansible sent what the module imports, and that is all that the command imports.
+    assert missing_imports(archive(Path(wish["path"]).read_bytes())) == []
     assert hsm_tde(wish, "--version").stdout == f"hsm-tde {main.VERSION}\n"
     assert "self-test" in hsm_tde(wish, "--help").stdout
     for command in ("open", "close", "status", "self-test", "journal"):

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Write docs/error-codes.md from the one table of errors, and say with --check whether it is out of date."""
@@ -58,7 +57,7 @@ def main() -> int:
     if parser.parse_args().check:
         if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
             return 0
-        print(f"{PAGE.relative_to(ROOT)} is out of date: run tests/tools/gen_error_codes.py", file=sys.stderr)
+        print(f"{PAGE.relative_to(ROOT)} is out of date: run python tests/tools/gen_error_codes.py", file=sys.stderr)
         return 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

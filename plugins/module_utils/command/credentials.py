@@ -15,6 +15,7 @@ from ..common.files import read_private
 from ..common.run import run_program
 from ..common.secret import Secret
 from ..engines.record import Record, Token
+from ..keystore.store import PassphraseCredential, TokenCredential
 from ..pkcs11.library import LibraryAccess
 from ..pkcs11.registry import same_serial
 from ..pkcs11.resting import resting_pins
@@ -48,7 +49,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Credential:
-    """One try: a token with its PIN, or a passphrase."""
+    """One try: a token with its PIN, a passphrase, or both."""
 
     access: TokenAccess | None = None
     passphrase: Secret | None = None
@@ -56,10 +57,9 @@ class Credential:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`given` reads."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--pin-fd", type=int, metavar="N", help="read the token's PIN from file descriptor N")
-    which.add_argument("--passphrase-fd", type=int, metavar="N", help="read a keyslot's passphrase from file descriptor N")
-    which.add_argument("--passphrase", action="store_true", help="ask for a keyslot's passphrase, for instead of the token's PIN")
+    parser.add_argument("--pin-fd", type=int, metavar="N", help="read the token's PIN from file descriptor N")
+    parser.add_argument("--passphrase-fd", type=int, metavar="N", help="read a keyslot's passphrase from file descriptor N")
+    parser.add_argument("--passphrase", action="store_true", help="ask for a keyslot's passphrase, instead of the token's PIN")
     parser.add_argument("--token", metavar="LABEL", help="the token, where keyslots are on more than one")
     parser.add_argument("--allow-low-pin-count", action="store_true", help="try although the token counts wrong tries")
 
@@ -126,27 +126,34 @@ def choose_token(record: Record, on: t.Sequence[TokenName], label: str | None) -
     )
 
 
-def tries(record: Record, on: t.Sequence[TokenName], stated: Given, *, ask: bool = True) -> list[Credential]:
+def tries(record: Record, on: t.Sequence[TokenName], stated: Given, *, may_ask: bool = True) -> list[Credential]:
     """The credentials to try, in order; more than one only while a PIN change is unfinished.
 
     :param on: as :func:`choose_token` takes them.
-    :param ask: somebody at a terminal may be asked.
+    :param may_ask: somebody at a terminal may be asked.
     :raises TdeError: ``pin_source_missing``, those of reading the source.
     """
-    if stated.passphrase is not None:
-        return [Credential(passphrase=stated.passphrase)]
-    token = None if stated.ask_passphrase else choose_token(record, on, stated.token)
+    passphrase = stated.passphrase
+    if passphrase is None and stated.ask_passphrase:
+        passphrase = _ask(f"Passphrase for cluster {record.cluster}: ", record, may_ask)
+    if passphrase is not None and stated.pin is None:
+        return [Credential(passphrase=passphrase)]
+    token = choose_token(record, on, stated.token)
     if token is None:
-        return [Credential(passphrase=_ask(f"Passphrase for cluster {record.cluster}: ", record, ask))]
+        if stated.pin is not None:
+            raise TdeError(
+                "invalid_option", "no keyslot is on a token", obj=f"cluster {record.cluster}", kept="The PIN was not tried."
+            )
+        return [Credential(passphrase=_ask(f"Passphrase for cluster {record.cluster}: ", record, may_ask))]
     # The source's PIN is that of the first token; for another one somebody is asked.
     pins = [stated.pin] if stated.pin is not None else from_source(record) if stated.token is None else []
     if not pins:
-        pins = [_ask(f"PIN of token {token.label} for cluster {record.cluster}: ", record, ask)]
+        pins = [_ask(f"PIN of token {token.label} for cluster {record.cluster}: ", record, may_ask)]
     library = LibraryAccess(token.library, token.environment)
     selector = TokenSelector(label=token.label, serial=token.serial or None)
     return [
         # After a refused try the token counts it; the second PIN of an unfinished change is the one it had before.
-        Credential(TokenAccess(library, selector, pin, allow_low_pin_count=stated.allow_low_pin_count or number > 0))
+        Credential(TokenAccess(library, selector, pin, allow_low_pin_count=stated.allow_low_pin_count or number > 0), passphrase)
         for number, pin in enumerate(pins)
     ]
 
@@ -189,8 +196,8 @@ def has_terminal() -> bool:
     return True
 
 
-def _ask(prompt: str, record: Record, ask: bool) -> Secret:
-    if not ask or not has_terminal():
+def _ask(prompt: str, record: Record, may_ask: bool) -> Secret:
+    if not may_ask or not has_terminal():
         raise TdeError(
             "pin_source_missing",
             "the host keeps nothing that opens it",
@@ -199,3 +206,32 @@ def _ask(prompt: str, record: Record, ask: bool) -> Secret:
             next_step=f"Open it on a terminal (hsm-tde open {record.cluster}), then start the database.",
         )
     return one_line(getpass.getpass(prompt).encode(), "what was typed")
+
+
+def ask(prompt: str, obj: str) -> Secret:
+    """A secret from whoever sits at the terminal.
+
+    :param obj: what it is for, if there is nobody.
+    :raises TdeError: ``pin_source_missing``.
+    """
+    if not has_terminal():
+        raise TdeError(
+            "pin_source_missing",
+            "nothing that opens it was given",
+            obj=obj,
+            kept="Nothing was tried.",
+            next_step="Give --pin-fd or --passphrase-fd, or run it on a terminal.",
+        )
+    return one_line(getpass.getpass(prompt).encode(), "what was typed")
+
+
+def for_keystore(credential: Credential) -> TokenCredential | PassphraseCredential:
+    """A credential as the keystore takes it.
+
+    :raises ValueError: neither token nor passphrase.
+    """
+    if credential.access is not None:
+        return TokenCredential(credential.access)
+    if credential.passphrase is None:
+        raise ValueError("an empty credential")
+    return PassphraseCredential(credential.passphrase)

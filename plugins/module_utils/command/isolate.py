@@ -64,7 +64,7 @@ def _child(act: t.Callable[[], t.Any], writer: int) -> t.NoReturn:
         # The text of a foreign exception may hold a value; its type and place do not.
         place = traceback.extract_tb(exc.__traceback__)[-1]
         said = f"{type(exc).__name__} in {os.path.basename(place.filename)}:{place.lineno} ({place.name})"
-        answer = {"error": {**TdeError("internal_error", said, obj="hsm-tde", kept="").result(), "message": said}}
+        answer = {"error": {**TdeError("internal_error", said, obj="the command", kept="").result(), "message": said}}
     with os.fdopen(writer, "wb") as pipe:
         pipe.write(json.dumps(answer).encode())
     # No finaliser of a library runs: what it had open ends with the process.
@@ -87,7 +87,7 @@ def _read_until(fd: int, deadline: float) -> bytes | None:
 def _answer(raw: bytes, status: int) -> t.Any:
     if not raw:
         said = f"the child ended with signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "the child gave no answer"
-        raise TdeError("internal_error", f"{said}; a PKCS#11 library may have crashed", obj="hsm-tde", kept="")
+        raise TdeError("internal_error", f"{said}; a PKCS#11 library may have crashed", obj="the command", kept="")
     answer = json.loads(raw)
     if "error" not in answer:
         return answer["result"]

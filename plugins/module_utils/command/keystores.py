@@ -12,6 +12,7 @@ import typing as t
 
 from .. import engines
 from ..common.errors import TdeError
+from ..common.plan import public as public_plan
 from ..common.state import StateDirectory, check_name
 from ..engines import record as records
 from ..engines.base import Engine, KeystoreWish, Request
@@ -171,8 +172,7 @@ def _keystore(
     credential: credentials.Credential | None = None,
 ) -> Facts:
     outcome = engine_of(state, record, credential).keystore(wish, check=check)
-    result = outcome.result()
-    return {name: result[name] for name in ("changed", "plan", "warnings")}
+    return {"changed": outcome.changed, "plan": public_plan(outcome.plan), "warnings": outcome.warnings}
 
 
 def status_command(arguments: argparse.Namespace, output: Output) -> int:

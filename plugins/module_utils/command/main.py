@@ -13,7 +13,7 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.secret import harden_process
 from ..common.state import DEFAULT_PATH, StateDirectory
-from . import audit, credentials, keystores, selftest
+from . import audit, credentials, keystores, pipes, selftest
 from .exits import INTERNAL, exit_code
 from .output import Output
 
@@ -85,6 +85,15 @@ def _arguments(state_directory: str) -> argparse.ArgumentParser:
     )
     credentials.add_arguments(testing)
 
+    for name, run, text in (
+        ("wrap", pipes.wrap_command, "Wrap the secret on standard input to a new file."),
+        ("unwrap", pipes.unwrap_command, "Write the secret of a wrapped file to standard output."),
+    ):
+        pipe = command(name, run, text, json=False)
+        pipe.add_argument("file", metavar="FILE", help="absolute path")
+        pipe.add_argument("--force", action="store_true", help="although standard input or output is a terminal")
+        pipes.add_arguments(pipe, wrapping=name == "wrap")
+
     journal = command("journal", audit.command, "The journal of all acts on keys.")
     journal.add_argument("what", choices=["verify", "show"], help="verify: whether its chain is whole; show: its entries")
     journal.add_argument("--last", type=int, metavar="N", help="show only the last N entries")
@@ -126,7 +135,7 @@ def main(argv: t.Sequence[str] | None = None, state_directory: str = DEFAULT_PAT
             TdeError(
                 "internal_error",
                 f"{type(exc).__name__} in {os.path.basename(place.filename)}:{place.lineno} ({place.name})",
-                obj="hsm-tde",
+                obj="the command",
                 kept="",
             )
         )

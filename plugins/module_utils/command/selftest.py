@@ -18,7 +18,7 @@ from ..common.files import check_parents
 from ..common.run import run_program
 from ..common.state import StateDirectory
 from ..engines.record import Place, Record
-from ..keystore.store import Credential, KeyStore, PassphraseCredential, TokenCredential
+from ..keystore.store import KeyStore
 from ..pkcs11.library import load
 from ..pkcs11.registry import Registry
 from ..pkcs11.token import check_flags, find
@@ -113,15 +113,16 @@ def _key_files(state: StateDirectory, record: Record) -> str:
 
 
 def _place(place: Place) -> str:
-    if place.image and not mounted_at(place.mount_point):
+    if place.image:
         check_parents(place.image)
         if not os.path.isfile(place.image):
             raise TdeError(
                 "place_unreachable", "its image is not there", obj=place.image, next_step="Mount the file system that it is on."
             )
-        if not os.path.exists(_EXT4_ENCRYPTION):
-            raise _Note(f"image {place.image} is there; whether this kernel encrypts shows when it is mounted")
-        return f"image {place.image} is there, and the kernel encrypts ext4"
+        if not mounted_at(place.mount_point):
+            if not os.path.exists(_EXT4_ENCRYPTION):
+                raise _Note(f"image {place.image} is there; whether this kernel encrypts shows when it is mounted")
+            return f"image {place.image} is there, and the kernel encrypts ext4"
     support = fscrypt.supported(place.mount_point)
     if not support["supported"]:
         raise TdeError("fscrypt_unsupported", support["reason"], obj=place.mount_point, next_step=support["how_to_enable"])
@@ -148,7 +149,7 @@ def _opening(state: StateDirectory, cluster: str, stated: credentials.Given, log
     tries: list[credentials.Credential] = []
 
     def source() -> str:
-        tries.extend(credentials.tries(record, keystores.keyslot_tokens(state, cluster), stated, ask=False))
+        tries.extend(credentials.tries(record, keystores.keyslot_tokens(state, cluster), stated, may_ask=False))
         if len(tries) > 1:
             raise _Note("a PIN change is unfinished: both PINs will be tried")
         return credentials.source_words(record, stated)
@@ -182,14 +183,5 @@ def _token(state: StateDirectory, credential: credentials.Credential, login: boo
 def _keys(state: StateDirectory, cluster: str, credential: credentials.Credential) -> str:
     store = KeyStore(state, cluster)
     key_ids = store.key_ids()
-    opened = store.open_keys(key_ids, [as_keystore_credential(credential)])
+    opened = store.open_keys(key_ids, [credentials.for_keystore(credential)])
     return f"{len(opened)} of {len(key_ids)} data keys open"
-
-
-def as_keystore_credential(credential: credentials.Credential) -> Credential:
-    """A credential as the keystore takes it."""
-    if credential.access is not None:
-        return TokenCredential(credential.access)
-    if credential.passphrase is None:
-        raise ValueError("an empty credential")
-    return PassphraseCredential(credential.passphrase)

@@ -123,6 +123,18 @@ def test_the_other_pin_of_an_unfinished_change_is_tried(state: StateDirectory, e
     assert (tmp_path / "tries").read_text() == "xx"
 
 
+def test_after_another_answer_than_a_refusal_the_other_pin_is_not_tried(
+    state: StateDirectory, engine: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    add_cluster(state)
+    coming = Path(state.path, "main.pin.new")
+    coming.write_text("not yet")
+    coming.chmod(0o600)
+    monkeypatch.setattr(engine, "error", "pin_locked")
+    assert run(state, "open", "main") == 5
+    assert (tmp_path / "tries").read_text() == "x"
+
+
 @pytest.mark.parametrize("error", ["token_unreachable", "busy"])
 def test_a_token_that_comes_back_is_waited_for(
     state: StateDirectory, engine: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str

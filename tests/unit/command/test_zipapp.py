@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import os
 import re
@@ -17,17 +16,13 @@ import pytest
 import yaml
 from ansible_collections.hsm.tde.plugins.module_utils.command import main, zipapp
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
+from ansible_collections.hsm.tde.tests.unit.command.closure import archive, missing_imports
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def build(python: str = sys.executable, state: str = "/var/lib/hsm-tde") -> bytes:
     return zipapp.build(python, state)
-
-
-def archive() -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(build())) as opened:
-        return {name: opened.read(name) for name in opened.namelist()}
 
 
 @pytest.fixture
@@ -43,25 +38,16 @@ def test_two_builds_are_equal_whatever_the_files_times(monkeypatch: pytest.Monke
     found = zipapp.sources()
     monkeypatch.setattr(zipapp, "sources", lambda: dict(reversed(found.items())))
     assert build() == first
+    with zipfile.ZipFile(io.BytesIO(first)) as opened:
+        assert {entry.date_time for entry in opened.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_every_relative_import_is_in_the_file() -> None:
-    tree = archive()
-    modules = {name[: -len(".py")].removesuffix("/__init__") for name in tree if name.endswith(".py")}
-    missing = []
-    for name, source in tree.items():
-        package = name.split("/")[:-1]
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = package[: len(package) - node.level + 1]
-                target = "/".join(base + (node.module.split(".") if node.module else []))
-                if target not in modules:
-                    missing.append(f"{name}: {target}")
-    assert missing == []
+    assert missing_imports(archive(build())) == []
 
 
 def test_it_needs_no_ansible() -> None:
-    tree = archive()
+    tree = archive(build())
     assert "hsm_tde/common/bridge.py" not in tree
     assert [name for name, source in tree.items() if re.search(rb"^\s*(from|import) ansible", source, re.MULTILINE)] == []
 

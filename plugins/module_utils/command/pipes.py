@@ -1,0 +1,145 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""``hsm-tde wrap`` and ``unwrap``: a user's own secret from a pipe to a wrapped file, and from it to a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+
+from ..common.errors import TdeError
+from ..common.files import check_parents
+from ..common.journal import Journal
+from ..common.secret import Secret
+from ..common.state import StateDirectory
+from ..keystore.secretfile import MAX_SECRET, SecretFile, unwrap_secret
+from ..keystore.store import PassphraseSlot, Slot, TokenSlot
+from ..pkcs11.kek import create_kek
+from ..pkcs11.library import LibraryAccess
+from ..pkcs11.registry import Registry
+from ..pkcs11.token import TokenAccess, TokenSelector, open_session
+from . import credentials, keystores
+from .exits import DONE
+from .output import Output
+
+#: Label of the KEK that wraps secrets which are no cluster's.
+_KEK_LABEL = "hsm-tde.secrets"
+
+_STDIN, _STDOUT = 0, 1
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, wrapping: bool) -> None:
+    """The options that say which token or passphrase."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--cluster", metavar="NAME", help="take library, token and PIN source from this cluster's record")
+    which.add_argument("--library", metavar="PATH", help="the token's PKCS#11 library")
+    parser.add_argument(
+        "--environment",
+        action="append",
+        default=[],
+        type=_variable,
+        metavar="NAME=VALUE",
+        help="what the library reads; no secret",
+    )
+    if wrapping:
+        parser.add_argument(
+            "--kek", default=_KEK_LABEL, metavar="LABEL", help="the key in the token; made if missing (%(default)s)"
+        )
+    credentials.add_arguments(parser)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise ValueError(text)
+    return name, value
+
+
+def wrap_command(arguments: argparse.Namespace, output: Output) -> int:
+    """Run ``wrap``. Every byte of standard input is the secret, an end of line too."""
+    _no_terminal(_STDIN, arguments.force, "standard input", "The secret would show while it is typed.")
+    check_parents(arguments.file)
+    state: StateDirectory = arguments.state
+    stated = credentials.given(arguments)
+    secret = _read_secret()
+    passphrase = stated.passphrase or (
+        credentials.ask(f"Passphrase for {arguments.file}: ", arguments.file) if stated.ask_passphrase else None
+    )
+    tries = _token_tries(arguments, stated) if arguments.cluster or arguments.library else [credentials.Credential()]
+    if passphrase is None and tries[0].access is None:
+        passphrase = credentials.ask(f"Passphrase for {arguments.file}: ", arguments.file)
+
+    def act(one: credentials.Credential) -> int:
+        with state.locked(wait_seconds=10):
+            slots: list[Slot] = [_token_slot(state, one.access, arguments.kek)] if one.access else []
+            if passphrase is not None:
+                slots.append(PassphraseSlot("recovery" if slots else "primary", passphrase))
+            SecretFile(state, arguments.file).create(secret, slots)
+            return len(slots)
+
+    if keystores.try_each(tries, act) < 2:
+        output.warn(f"{arguments.file} has one keyslot, which is the only way to the secret")
+    return DONE
+
+
+def unwrap_command(arguments: argparse.Namespace, output: Output) -> int:
+    """Run ``unwrap``. Nothing but the secret goes to standard output."""
+    _no_terminal(_STDOUT, arguments.force, "standard output", "The secret would show.")
+    state: StateDirectory = arguments.state
+    stated = credentials.given(arguments)
+    if stated.passphrase is not None or stated.ask_passphrase or not (arguments.cluster or arguments.library):
+        passphrase = stated.passphrase or credentials.ask(f"Passphrase for {arguments.file}: ", arguments.file)
+        tries = [credentials.Credential(passphrase=passphrase)]
+    else:
+        tries = _token_tries(arguments, stated)
+
+    def act(one: credentials.Credential) -> None:
+        secret = unwrap_secret(arguments.file, [credentials.for_keystore(one)], state)
+        left = memoryview(secret.reveal())
+        while left:
+            left = left[os.write(_STDOUT, left) :]
+
+    keystores.try_each(tries, act)
+    return DONE
+
+
+def _no_terminal(descriptor: int, force: bool, obj: str, why: str) -> None:
+    if not force and os.isatty(descriptor):
+        raise TdeError("terminal_refused", f"is a terminal. {why}", obj=obj, next_step="Use a pipe, or --force.")
+
+
+def _read_secret() -> Secret:
+    parts: list[bytes] = []
+    while sum(map(len, parts)) <= MAX_SECRET:
+        part = os.read(_STDIN, MAX_SECRET)
+        if not part:
+            return Secret(b"".join(parts))
+        parts.append(part)
+    raise TdeError("keystore_too_large", f"holds more than {MAX_SECRET} bytes", obj="standard input")
+
+
+def _token_tries(arguments: argparse.Namespace, stated: credentials.Given) -> list[credentials.Credential]:
+    """The token of a cluster, or the one that the command line names."""
+    stated = dataclasses.replace(stated, passphrase=None, ask_passphrase=False)
+    if arguments.cluster:
+        record = keystores.read_record(arguments.state, arguments.cluster)
+        on = keystores.keyslot_tokens(arguments.state, arguments.cluster)
+        if not on:
+            raise TdeError("invalid_option", "has no keyslot on a token", obj=f"cluster {arguments.cluster}")
+        return credentials.tries(record, on, stated)
+    if not stated.token:
+        raise TdeError("invalid_option", "is missing", obj="--token", next_step="Name the token's label.")
+    access = TokenAccess(
+        LibraryAccess(arguments.library, dict(arguments.environment)),
+        TokenSelector(label=stated.token),
+        stated.pin or credentials.ask(f"PIN of token {stated.token}: ", arguments.file),
+        allow_low_pin_count=stated.allow_low_pin_count,
+    )
+    return [credentials.Credential(access)]
+
+
+def _token_slot(state: StateDirectory, access: TokenAccess, label: str) -> TokenSlot:
+    with open_session(access, state, rw=True) as session:
+        kek = create_kek(session, label, cluster="", registry=Registry(state), journal=Journal(state.journal))
+    return TokenSlot("primary", access, kek)
