@@ -130,7 +130,8 @@ def read_private(path: str, *, owners: t.Collection[int] | None = None, forbidde
             if info.st_size > max_bytes:
                 raise TdeError("file_too_large", f"has {info.st_size} bytes; at most {max_bytes} are read", obj=path)
             try:
-                return handle.read(max_bytes)
+                # Not max_bytes: a buffer of that size would be filled with pages where memory is locked.
+                return handle.read(min(max_bytes, info.st_size))
             except OSError as exc:
                 raise os_error(exc, path) from None
 
