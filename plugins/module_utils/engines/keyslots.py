@@ -175,11 +175,16 @@ def _fits(slot: Slot, wanted: Wanted) -> bool:
     return slot.protection == wanted.protection and slot.opens is not False and wanted.token in (None, slot.token)
 
 
+def _best(slots: t.Sequence[Slot]) -> Slot | None:
+    """The one to keep of several that would do, the newest first: one that was proved, if there is one."""
+    return next((slot for slot in slots if slot.proved), slots[0] if slots else None)
+
+
 def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool, no_recovery: bool) -> Plan:
     """The steps that bring the keyslots of existing keys to the wish: all additions and proofs, then the removals.
 
     :param exclusive: remove keyslots that are not wished for.
-    :raises TdeError: ``recovery_keyslot_missing`` if the plan would leave a single keyslot where there were more.
+    :raises TdeError: ``recovery_keyslot_missing`` if the plan would take keyslots of other names away and leave a single one.
     """
     additions: Plan = []
     removals: Plan = []
@@ -188,13 +193,13 @@ def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool
         gone: list[Slot] = []
         for one in wanted:
             there = key.named(one.name)
-            fitting = [slot for slot in there if _fits(slot, one)]
-            if not fitting:
+            keep = _best([slot for slot in there if _fits(slot, one)])
+            if keep is None:
                 why = f"is {_words(there[0])}, wished {_words(one)}" if there else f"wished {_words(one)}"
                 additions += add(key.key_id, one, why)
-                gone += there
+                # What was never proved gives way to the addition by itself.
+                gone += [slot for slot in there if slot.proved]
                 continue
-            keep = fitting[0]
             if keep.proved is None:
                 additions.append(add(key.key_id, one, "")[1])
             gone += [slot for slot in there if slot.uid != keep.uid]
@@ -202,8 +207,8 @@ def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool
         if exclusive:
             others = [slot for slot in key.slots if slot.name not in names]
             removals += [remove(key.key_id, slot, "is not listed and keyslots_exclusive is set") for slot in others]
-            before = {slot.name for slot in key.slots}
-            if others and len(before) > 1 and len(names) == 1 and not no_recovery:
+            # Whether there was more than one before cannot be asked: an interrupted run may have added the one wished for.
+            if others and len(names) == 1 and not no_recovery:
                 raise recovery_missing(f"data key {key.key_id}", "only one keyslot would be left")
     return additions + removals
 
@@ -264,14 +269,14 @@ def rotate(
         plan.append(create_kek(target, token, slot, "rotation" if target != current else "the cluster has no master key there"))
     for key in keys:
         there = key.named(slot)
-        new = [one for one in there if one.kek_label == target and one.opens is not False]
+        keep = _best([one for one in there if one.kek_label == target])
         wanted = Wanted(slot, TOKEN, token, target)
-        if not new:
+        if keep is None:
             plan += add(key.key_id, wanted, f"is {_words(there[0])}")
-        elif new[0].proved is None:
+            there = [one for one in there if one.proved]
+        elif keep.proved is None:
             plan.append(add(key.key_id, wanted, "")[1])
-        keep = new[0].uid if new else ""
-        plan += [remove(key.key_id, one, f"re-wrapped under {target}") for one in there if one.uid != keep]
+        plan += [remove(key.key_id, one, f"re-wrapped under {target}") for one in there if keep is None or one.uid != keep.uid]
     return plan
 
 

@@ -296,7 +296,7 @@ def tablespace(
         raise TdeError("tablespace_elsewhere", f"its location belongs to tablespace {catalog.taken}", obj=obj, next_step="Take another location.")
     if catalog.exists and not (place.exists and place.directory):
         raise _unreachable(place, f"tablespace {wish.name} is in the catalog and its directory does not show")
-    if catalog.exists and not place.policy:
+    if catalog.exists and not place.policy and not place.made:
         raise TdeError(
             "place_plain",
             "exists and is not encrypted",
