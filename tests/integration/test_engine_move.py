@@ -78,9 +78,18 @@ def decide(server: postgres.Server, wish: MoveWish, target: str = "vault", **mor
 
 
 def carry_out(server: postgres.Server, moves: move.Moves, target: str = "vault", seconds: float = 5) -> move.Mover:
-    mover = move.Mover(access(server), seconds)
-    mover.move_relations(moves, target)
+    with move.Mover(access(server), seconds) as mover:
+        apply(mover, moves, target)
     return mover
+
+
+def apply(mover: move.Mover, moves: move.Moves, target: str) -> None:
+    for relation in moves.relations:
+        mover.move_relation(moves.database, relation, target)
+    if moves.large_objects:
+        mover.move_large_objects(moves.database, target)
+    if moves.default:
+        mover.set_default(moves.database, target)
 
 
 def outside(server: postgres.Server, target: str = "vault") -> set[str]:
@@ -138,9 +147,9 @@ def test_a_database_without_connections_moves_whole(server: postgres.Server, dat
     moves = decide(server, MoveWish(databases=(database,)))
     assert moves.whole
     assert [one.label for one in moves.relations] == ["other.stays"]
-    mover = move.Mover(access(server), 5)
-    assert mover.move_database(database, "vault", "pg_default")
-    mover.move_relations(move.Moves(database, moves.relations), "vault")
+    with move.Mover(access(server), 5) as mover:
+        assert mover.move_database(database, "vault", "pg_default")
+        apply(mover, moves, "vault")
     assert outside(server) == set()
     assert content(server) == before
     assert not decide(server, MoveWish(databases=(database,))).any
@@ -177,8 +186,8 @@ def test_a_database_in_use_moves_relation_by_relation_with_its_large_objects(ser
 
 def test_a_database_leaves_alone_what_is_encrypted_elsewhere_or_named_for_elsewhere(server: postgres.Server, database: str) -> None:
     carry_out(server, decide(server, MoveWish(tables=("other.stays",), database=database), "second"), "second")
-    named = {one.oid for one in catalog_of(server, database).relations if one.label == "app.Mixed Case"}
-    moves = decide(server, MoveWish(databases=(database,)), elsewhere=named, encrypted=("vault", "second"))
+    other = MoveWish(tables=("app.Mixed Case",), database=database)
+    moves = decide(server, MoveWish(databases=(database,)), others=(other,), encrypted=("vault", "second"))
     labels = {one.label for one in moves.relations}
     assert not labels & {"other.stays", "other.stays_pkey", "app.Mixed Case"}
     # By name it moves from one encrypted tablespace to the other.
@@ -194,8 +203,8 @@ def test_a_locked_table_is_tried_again_and_given_up_with_what_was_done(server: p
             time.sleep(0.05)
         pauses: list[float] = []
         moves = decide(server, MoveWish(tables=("app.Mixed Case", "app.plain"), database=database))
-        with pytest.raises(TdeError) as caught:
-            move.Mover(access(server), 0.05, pauses.append).move_relations(moves, "vault")
+        with pytest.raises(TdeError) as caught, move.Mover(access(server), 0.05, pauses.append) as mover:
+            apply(mover, moves, "vault")
         assert caught.value.code == "move_blocked"
         assert [row["object"] for row in caught.value.details["moved"]] == ["app.Mixed Case"]
         assert len(pauses) == move.ATTEMPTS - 1
