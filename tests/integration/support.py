@@ -38,6 +38,8 @@ OCK_SO_PIN = "76543210"
 OCK_PIN = "01234567"
 
 _CLONE_NEWNS = 0x00020000
+#: The daemon counts sessions in System V shared memory, one segment a host: two tests at once would count together.
+_CLONE_NEWIPC = 0x08000000
 _PR_SET_CHILD_SUBREAPER = 36
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 
@@ -145,6 +147,10 @@ class Installation:
     so_pin: str
     pin: str
 
+    def run(self, fn: t.Callable[[], T]) -> T:
+        """Run ``fn`` in a child that sees this installation; its result."""
+        return in_child(fn)
+
     def options(self, **more: t.Any) -> dict[str, t.Any]:
         """The shared options of a module that reach this library."""
         return {"library": self.library, "library_environment": self.environment, **more}
@@ -178,9 +184,6 @@ class SoftHsm(Installation):
         self.conf = home / "softhsm2.conf"
         self.conf.write_text(f"directories.tokendir = {self.tokendir}\nobjectstore.backend = file\nlog.level = ERROR\n")
         self.environment = {"SOFTHSM2_CONF": str(self.conf)}
-
-    def run(self, fn: t.Callable[[], T]) -> T:
-        return in_child(fn)
 
     def add_token(self, label: str = "demo") -> None:
         """Initialise one more token with this label, :attr:`so_pin` and :attr:`pin`, in a child."""
@@ -233,7 +236,7 @@ class OpenCryptoki(Installation):
     def enter(self, *, daemon: bool = True) -> None:
         """Make the calling process see the private folders; start the daemon."""
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(_CLONE_NEWNS):
+        if libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC):
             raise OSError(ctypes.get_errno(), "unshare")
         mounts = [("none", "/", _MS_REC | _MS_PRIVATE)]
         mounts += [
@@ -266,9 +269,7 @@ class OpenCryptoki(Installation):
                 return in_child(fn)
             finally:
                 if daemon:
-                    pid = int(Path("/run/pkcsslotd.pid").read_text())
-                    os.kill(pid, signal.SIGTERM)
-                    os.waitpid(pid, 0)
+                    _end(int(Path("/run/pkcsslotd.pid").read_text()))
 
         return in_child(act, before=lambda: self.enter(daemon=daemon))
 
@@ -290,6 +291,18 @@ class OpenCryptoki(Installation):
                 session.set_pin(self.factory_pin, self.pin)
 
         self.run(act)
+
+
+def _end(pid: int, seconds: float = 2) -> None:
+    """End a child of ours; the daemon sometimes takes SIGTERM for nothing."""
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return
+        time.sleep(0.005)
 
 
 def _wait_for(condition: t.Callable[[], bool], seconds: float = 5) -> None:

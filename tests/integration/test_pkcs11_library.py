@@ -89,7 +89,7 @@ def test_a_library_that_others_can_replace(softhsm: SoftHsm, tmp_path: Path) -> 
 
 
 def test_an_unreadable_library(softhsm: SoftHsm) -> None:
-    folder = Path("/var/tmp/hsm-tde-test-unreadable")  # noqa: S108 - a folder that nobody can reach, unlike pytest's
+    folder = Path("/var/tmp/hsm-tde-test-unreadable")  # unlike pytest's folders, another user reaches it
     folder.mkdir(mode=0o755)
     try:
         copy = folder / "libsofthsm2.so"

@@ -84,6 +84,9 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "token_slot_absent": ErrorCode("absent", "No slot with a token that may be initialised."),
     "token_initialized": ErrorCode("client_error", "The token in the slot holds another label; it is not initialised again."),
     "token_reinitialize_unsafe": ErrorCode("unsupported", "This token is known to become unusable when it is initialised again."),
+    "token_act_lost": ErrorCode(
+        "unreachable", "The process that changed the token was ended, and it is not known whether the token changed."
+    ),
     "token_not_ready": ErrorCode("absent", "The token is not initialised to the end: the user PIN was never set."),
     "session_open": ErrorCode("client_error", "A defect of this collection: a second session on the token within the first."),
     "pin_missing": ErrorCode("client_error", "The token asks for a login and no PIN was given."),

@@ -17,7 +17,7 @@ import socket
 import typing as t
 
 from .errors import TdeError
-from .files import lock, make_private_directory, read_private, write_atomic
+from .files import lock, make_private_directory, read_private, remove_leftovers_of, write_atomic
 
 _FIRST = "0" * 64
 #: A journal is read whole; above this it is rotated by the administrator.
@@ -113,6 +113,7 @@ class Journal:
         """
         make_private_directory(os.path.dirname(self.path))
         with lock(self.path + ".lock", wait_seconds=10):
+            remove_leftovers_of(self.path + ".head")
             before = self.entries()
             entry: dict[str, t.Any] = {
                 "seq": len(before) + 1,

@@ -16,6 +16,7 @@ from ..common.journal import Journal
 from ..common.plan import Plan, Step
 from ..common.secret import Secret
 from ..common.state import StateDirectory
+from .apart import apart
 from .cryptoki import CkError
 from .errors import ckr_name, error_from_ckr, translated
 from .keys import Reader
@@ -27,6 +28,8 @@ from .token import TokenInfo, TokenSelector, check_flags, check_pin_length, find
 #: What every token of openCryptoki has from the factory (its manual, "Initializing a token"): SO PIN and user PIN.
 _OPENCRYPTOKI_FACTORY = (Secret("87654321"), Secret("12345678"))
 _PIN_INCORRECT = 0xA0
+#: Seconds to wait for the child of a run that was killed (:mod:`.apart`).
+LOCK_WAIT = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +316,7 @@ def ensure(wish: TokenWish, state: StateDirectory, *, check_mode: bool = False) 
     """
     if check_mode:
         return _ensure(wish, state, act=False)
-    with state.locked():
+    with state.locked(LOCK_WAIT):
         return _ensure(wish, state, act=True)
 
 
@@ -378,38 +381,47 @@ class _Runner:
         pin = _OPENCRYPTOKI_FACTORY[0] if has_factory_so_pin(info) else t.cast(Secret, self._wish.so_pin)
         if self._refused.knows(info.label, info.serial, "so", pin):
             raise TdeError("pin_refused_before", "refused this SO PIN before", obj=str(info), kept="It was not tried again.")
-        try:
-            self._library.close_all_sessions(info.slot_id)
-            self._library.init_token(info.slot_id, pin, label)
-        except CkError as exc:
-            if exc.rv == _PIN_INCORRECT:
-                self._refused.remember(info.label, info.serial, "so", pin)
-                raise refused(self._library, info, "so", ckr_name(exc.rv)) from None
-            raise error_from_ckr(ckr_name(exc.rv), str(info)) from None
+
+        def act() -> None:
+            try:
+                self._library.init_token(info.slot_id, pin, label)
+            except CkError as exc:
+                if exc.rv == _PIN_INCORRECT:
+                    self._refused.remember(info.label, info.serial, "so", pin)
+                    raise refused(self._library, info, "so", ckr_name(exc.rv)) from None
+                raise error_from_ckr(ckr_name(exc.rv), str(info)) from None
+
+        apart(self._library, act, str(info))
         if self._found.token:
             self._registry.forget_token(info.label, info.serial)
         for user in ("user", "so"):
             self._refused.forget(info.label, info.serial, user)
-        with translated(str(info), kept="The token was initialised; run again."):
-            self._library.restart()
         self._token = self._initialized(info, label)
 
     def _set_so_pin(self, step: Step) -> None:
         factory, pin = _OPENCRYPTOKI_FACTORY[0], t.cast(Secret, self._wish.so_pin)
-        with session_on(self._library, self._token, self._state, user="so", pin=factory, rw=True, allow_low=True) as session:
-            with translated(str(self._token), kept="The SO PIN is still the factory's."):
-                self._library.set_pin(session.handle, factory, pin)
+
+        def act() -> None:
+            with session_on(self._library, self._token, self._state, user="so", pin=factory, rw=True, allow_low=True) as session:
+                with translated(str(self._token), kept="The SO PIN is still the factory's."):
+                    self._library.set_pin(session.handle, factory, pin)
+
+        apart(self._library, act, str(self._token))
         self._refused.forget(self._token.label, self._token.serial, "so")
         self._again()
 
     def _set_user_pin(self, step: Step) -> None:
         pin, allow_low = t.cast(Secret, self._wish.pin), self._wish.allow_low_pin_count
-        with session_on(
-            self._library, self._token, self._state, user="so", pin=self._wish.so_pin, rw=True, allow_low=allow_low
-        ) as session:
-            self._refused.forget(self._token.label, self._token.serial, "user")
-            with translated(str(self._token), kept="The user PIN is as it was."):
-                self._library.init_pin(session.handle, pin)
+
+        def act() -> None:
+            with session_on(
+                self._library, self._token, self._state, user="so", pin=self._wish.so_pin, rw=True, allow_low=allow_low
+            ) as session:
+                self._refused.forget(self._token.label, self._token.serial, "user")
+                with translated(str(self._token), kept="The user PIN is as it was."):
+                    self._library.init_pin(session.handle, pin)
+
+        apart(self._library, act, str(self._token))
         self._again()
 
     def _remember(self, step: Step) -> None:

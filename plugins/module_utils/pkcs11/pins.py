@@ -18,9 +18,10 @@ from ..common.plan import Plan, Step
 from ..common.secret import Secret
 from ..common.state import StateDirectory
 from . import resting
+from .apart import apart
 from .cryptoki import CkError
 from .errors import ckr_name, error_from_ckr
-from .initialize import refuse_factory_pin
+from .initialize import LOCK_WAIT, refuse_factory_pin
 from .library import Library, load
 from .refused import RefusedPins
 from .registry import Registry
@@ -120,7 +121,7 @@ def change(wish: PinWish, state: StateDirectory, *, check_mode: bool = False) ->
         raise TdeError("invalid_option", "must be an absolute path", obj=f"option pin_file {wish.pin_file!r}")
     if check_mode:
         return _change(wish, state, act=False)
-    with state.locked():
+    with state.locked(LOCK_WAIT):
         return _change(wish, state, act=True)
 
 
@@ -159,7 +160,6 @@ def _current(library: Library, info: TokenInfo, wish: PinWish, rest: Resting, st
         except TdeError as exc:
             if exc.code not in ("pin_refused", "pin_refused_before", "pin_length") or number == len(order):
                 raise
-            info = token_in(library, info.slot_id)
     raise AssertionError("at least one PIN is tried")
 
 
@@ -191,19 +191,25 @@ class _Runner:
 
     def _set_pin(self, step: Step) -> None:
         wish, info = self._wish, self._info
-        with session_on(self._library, info, self._state, user=wish.user, pin=self._current, rw=True, allow_low=True) as session:
-            # Before the act: killed right after it, the next run must be free to try the new PIN.
-            RefusedPins(self._state).forget(info.label, info.serial, wish.user)
-            try:
-                self._library.set_pin(session.handle, self._current, wish.new_pin)
-            except CkError as exc:
-                error = error_from_ckr(ckr_name(exc.rv), str(info), kept=f"The {_WORDS[wish.user]} is as it was.")
-                if error.cause == "unreachable":
-                    # The change may have reached the token: both PINs stay at rest.
-                    error.kept = "It is not known whether the change reached the token; run again."
-                elif self._path:
-                    resting.discard_coming(self._path)
-                raise error from None
+
+        def act() -> None:
+            with session_on(
+                self._library, info, self._state, user=wish.user, pin=self._current, rw=True, allow_low=True
+            ) as session:
+                # Before the act: killed right after it, the next run must be free to try the new PIN.
+                RefusedPins(self._state).forget(info.label, info.serial, wish.user)
+                try:
+                    self._library.set_pin(session.handle, self._current, wish.new_pin)
+                except CkError as exc:
+                    error = error_from_ckr(ckr_name(exc.rv), str(info), kept=f"The {_WORDS[wish.user]} is as it was.")
+                    if error.cause == "unreachable":
+                        # The change may have reached the token: both PINs stay at rest.
+                        error.kept = "It is not known whether the change reached the token; run again."
+                    elif self._path:
+                        resting.discard_coming(self._path)
+                    raise error from None
+
+        apart(self._library, act, str(info))
 
     def _verify(self, step: Step) -> None:
         with session_on(

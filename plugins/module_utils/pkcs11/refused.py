@@ -24,8 +24,8 @@ from ..common.state import StateDirectory, read_json, write_json
 
 _VERSION = 1
 #: PBKDF2 is there under FIPS rules too, where scrypt is not. Iterations: NIST SP 800-132 asks for as many as the
-#: user bears; this is about 0.2 s, paid only while the token has an entry.
-_ITERATIONS = 300_000
+#: user bears; this is below 0.1 s, paid only while the token has an entry.
+_ITERATIONS = 200_000
 _SALT_BYTES = 32
 #: Of each token and user, the oldest go first; more wrong PINs than this lock any token that counts.
 _KEEP = 16

@@ -338,7 +338,9 @@ def open_session(
 def session_on(
     library: Library, info: TokenInfo, state: StateDirectory, *, user: User | None, pin: Secret | None, rw: bool, allow_low: bool
 ) -> t.Iterator[Session]:
-    """As :func:`open_session`, on a token already found."""
+    """As :func:`open_session`, on a token already found; its flags are read anew."""
+    with translated(str(info)):
+        info = token_in(library, info.slot_id)
     if info.slot_id in library.open_slots:
         raise TdeError("session_open", "this process already has a session on the token", obj=str(info))
     if user == "user" and pin is None and "login_required" not in info.flags:

@@ -79,10 +79,10 @@ def parse(text: str) -> Uri:
     for part in path.split(";") if path else []:
         name, equals, raw = part.partition("=")
         field = _FIELDS.get(name)
-        if not equals or field is None:
-            raise _invalid(
-                f"has the unknown attribute {name!r}" if re.fullmatch(r"[a-z-]{1,40}", name) else "has a malformed attribute"
-            )
+        if not equals or not re.fullmatch(r"[a-z-]{1,40}", name):
+            raise _invalid("has a malformed attribute")
+        if field is None:
+            raise _invalid(f"has the unknown attribute {name}")
         if field in values:
             raise _invalid(f"names {name} twice")
         if not _PATH_VALUE.fullmatch(raw):
