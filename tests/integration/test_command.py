@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pty
+import resource
 import select
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.command import zipapp
-from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
+from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret, harden_process
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.engines import load
 from ansible_collections.hsm.tde.plugins.module_utils.engines.base import KeystoreWish, Request, SlotWish
@@ -305,3 +306,15 @@ def test_no_secret_shows_in_what_is_printed_or_remembered(host: Host) -> None:
     for secret in (host.softhsm.pin, RECOVERY):
         assert secret not in said
         assert secret.encode() not in kept
+
+
+def test_a_hardened_process_can_work_as_the_database_s_user() -> None:
+    """seteuid takes CAP_IPC_LOCK; with future memory locked under a limit, the next allocation failed."""
+
+    def act() -> int:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
+        harden_process()
+        os.seteuid(65534)
+        return len(bytearray(64 << 20))
+
+    assert support.in_child(act) == 64 << 20

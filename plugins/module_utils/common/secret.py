@@ -90,6 +90,20 @@ def harden_process() -> list[str]:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         warnings.append("the process could not be made undumpable")
-    if libc.mlockall(_MCL_CURRENT_FUTURE) != 0:
+    if not _unlimited() or libc.mlockall(_MCL_CURRENT_FUTURE) != 0:
         warnings.append("memory could not be locked: secrets may reach swap space")
     return warnings
+
+
+def _unlimited() -> bool:
+    """Whether as much memory may be locked as the process comes to need.
+
+    A process that becomes another user for a while (seteuid to the database's) loses CAP_IPC_LOCK meanwhile; with future
+    memory locked, an allocation above the limit then fails (mlock(2), "Limits and permissions").
+    """
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+    except (OSError, ValueError):
+        return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+    return True
