@@ -80,8 +80,9 @@ class KeyFile(SealedFile):
             again = self.decoded(candidate, read_private(candidate))
             for slot, keyslot in zip(slots, again.keyslots, strict=True):
                 self._prove(again, slot, keyslot, key)
-            self._publish(document, "create_data_key" if self.identity.cluster else "create_wrapped_secret")
+            # Before the file shows: a run that finds it has nothing to write, and so would leave the candidate lying.
             self._sweep()
+            self._publish(document, "create_data_key" if self.identity.cluster else "create_wrapped_secret")
         return document
 
     def _may_create(self, replace: Document | None, replace_lost: bool) -> None:
@@ -244,11 +245,14 @@ class KeyFile(SealedFile):
         sweep(self.path)
 
 
-def sweep(path: str) -> None:
-    """Remove the temporary files that a killed writer of this path left; no others. Call it with the lock held."""
+def sweep(path: str, owners: t.Collection[int] | None = None) -> None:
+    """Remove the temporary files that a killed writer of this path left; no others. Call it with the lock held.
+
+    :param owners: as for :func:`trusted_directory`.
+    """
     name = re.escape(os.path.basename(path))
     ours = re.compile(rf"\.{name}\.candidate|\.{name}\.[0-9a-f]{{12}}\.tmp|\.\.{name}\.candidate\.[0-9a-f]{{12}}\.tmp")
-    with trusted_directory(os.path.dirname(path)) as folder:
+    with trusted_directory(os.path.dirname(path), owners) as folder:
         try:
             for found in os.listdir(folder):
                 if ours.fullmatch(found):

@@ -17,7 +17,7 @@ from ..common.journal import Journal
 from ..common.secret import Secret
 from ..common.state import NAME, StateDirectory
 from . import recorded
-from .format import SECRET, Document, Identity, b64, damaged, hkdf, unb64
+from .format import SECRET, Document, Identity, Keyslot, b64, damaged, hkdf, unb64
 from .keyfile import KeyFile
 from .protection import Credential, Slot
 from .sealed import Opened
@@ -108,8 +108,16 @@ def unwrap_secret(path: str, credentials: t.Sequence[Credential], state: StateDi
         if exc.code != "data_key_absent":
             _note(file, "refused" if exc.cause == "refused" else "failed", error_code=exc.code)
         raise
-    _note(file, recorded.DONE, keyslot=opened.slot.name)
+    note_unwrapped(file, opened.slot)
     return secret
+
+
+def note_unwrapped(file: SecretFile, slot: Keyslot, **facts: str) -> None:
+    """Write down that the secret is given out.
+
+    :param slot: the keyslot that opened it; :param facts: where to.
+    """
+    _note(file, recorded.DONE, keyslot=slot.name, **facts)
 
 
 def _note(file: SecretFile, result: str, **facts: str) -> None:
