@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Run a command, and look for secrets wherever they could come out.
 
 ``watch_secrets.py --secrets DIR --look PATH … -- COMMAND …``

@@ -115,7 +115,7 @@ def not_text(spec: Spec, params: t.Mapping[str, t.Any], prefix: str = "") -> str
     return None
 
 
-class TdeModule(AnsibleModule):
+class TdeModule(AnsibleModule):  # type: ignore[misc]
     """AnsibleModule with secrets kept by field. Made by :func:`run_module` only."""
 
     def __init__(self, argument_spec: dict[str, t.Any], **kwargs: t.Any) -> None:
@@ -148,7 +148,7 @@ class TdeModule(AnsibleModule):
         self.no_log_values = {text for text in _hidden_texts(self._spec, self._given) if len(text) >= _SCRUB_LENGTH and not text.isdigit()}
         super()._return_formatted(kwargs)
 
-    def fail_json(self, msg: str, **kwargs: t.Any) -> t.NoReturn:  # type: ignore[override]
+    def fail_json(self, msg: str, **kwargs: t.Any) -> t.NoReturn:  # type: ignore[misc]
         if self._validating:
             # Core's sentence can quote a value; here no field tells which, so every hidden text goes, short ones too.
             for text in sorted(set(_hidden_texts(self._spec, self._given)), key=len, reverse=True):

@@ -84,10 +84,8 @@ class Journal:
 
     def last(self, **match: t.Any) -> dict[str, t.Any] | None:
         """The newest entry whose fields equal ``match``, or None."""
-        for entry in reversed(self.entries()):
-            if all(entry.get(key) == value for key, value in match.items()):
-                return entry
-        return None
+        found = (entry for entry in reversed(self.entries()) if all(entry.get(key) == value for key, value in match.items()))
+        return next(found, None)
 
     def append(
         self,
@@ -148,7 +146,8 @@ class Journal:
 
     def _head(self) -> dict[str, t.Any] | None:
         try:
-            return t.cast("dict[str, t.Any]", json.loads(read_private(self.path + ".head")))
+            head: dict[str, t.Any] = json.loads(read_private(self.path + ".head"))
+            return head
         except TdeError as exc:
             if exc.code == "file_absent":
                 return None
