@@ -18,7 +18,7 @@ import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common import plan as plans
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.plan import Plan
-from ansible_collections.hsm.tde.plugins.module_utils.storage import fscrypt, image, image_acts
+from ansible_collections.hsm.tde.plugins.module_utils.storage import fscrypt, image, image_acts, loops
 from ansible_collections.hsm.tde.plugins.module_utils.storage.control import CONTROL_NAME
 from ansible_collections.hsm.tde.plugins.module_utils.storage.image import StorageWish
 from ansible_collections.hsm.tde.tests.integration import filesystems
@@ -116,6 +116,7 @@ def test_made_from_nothing_and_met_the_second_time(storage: Storage) -> None:
     options = filesystems.run("findmnt", "-no", "OPTIONS", storage.point).stdout
     assert "nosuid" in options
     assert "nodev" in options
+    assert "noinit_itable" in options  # the kernel would punch holes into the image
     state = image_acts.inspect(storage.wish)
     assert image.facts(storage.wish, state) == {
         "mount_point": {"path": str(storage.point), "owner": 0, "mode": "0755"},
@@ -331,7 +332,7 @@ def test_mounted_read_only(storage: Storage) -> None:
 def test_a_loop_device_that_is_there_is_used(storage: Storage) -> None:
     storage.run()
     storage.unmount()
-    node = filesystems.run("losetup", "--find", "--show", storage.file).stdout.strip()
+    node = filesystems.run("losetup", "--find", "--show", "--nooverlap", storage.file).stdout.strip()
     try:
         assert storage.run() == ["mount_image", "prepare_root"]
         usable(storage)
@@ -373,7 +374,7 @@ def test_killed_at_any_moment(storage: Storage) -> None:
         time.sleep(rng.uniform(0.0, 0.12))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        time.sleep(0.05)  # mkfs and mount, its children, end by themselves
+        time.sleep(0.05)  # mkfs, its child, ends by itself
         steps = storage.run()
         seen.add(tuple(steps))
         usable(storage)
@@ -382,6 +383,53 @@ def test_killed_at_any_moment(storage: Storage) -> None:
         storage.file.unlink()
         storage.point.rmdir()
     assert len(seen) > 1, "every kill met the same state; choose other moments"
+
+
+def devices(storage: Storage) -> list[str]:
+    return filesystems.run("losetup", "-nO", "NAME", "-j", storage.file).stdout.split()
+
+
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_a_loop_device_goes_with_its_last_user(storage: Storage, monkeypatch: pytest.MonkeyPatch, old_kernel: bool) -> None:
+    if old_kernel:
+        monkeypatch.setattr(loops, "_LOOP_CONFIGURE", 0x4CFF)  # a number that no kernel knows
+    storage.run()
+    assert len(devices(storage)) == 1
+    storage.unmount()
+    assert devices(storage) == []
+    with loops.attach(str(storage.file)) as held, loops.attach(str(storage.file)) as again:
+        assert held.loop == again.loop
+        assert devices(storage) == [held.loop.node]
+    assert devices(storage) == []
+
+
+def test_a_loop_device_cannot_become_anothers_between_look_and_use(storage: Storage, tmp_path: Path) -> None:
+    """Its mount goes away after it was looked at; the kernel would give the number to the next one who asks."""
+    storage.run()
+    other = filesystems.make(tmp_path / "other.img", filesystems.PLAIN, 32)
+    with loops.attached(str(storage.file)) as (held,):
+        storage.unmount()
+        taken = filesystems.run("losetup", "--find", "--show", other).stdout.strip()
+        try:
+            assert taken != held.loop.node
+            with loops.attached(str(storage.file)) as (still,):
+                assert still.loop == held.loop
+        finally:
+            filesystems.run("losetup", "-d", taken)
+
+
+def test_growth_while_another_program_has_the_device(storage: Storage) -> None:
+    """As resize2fs of a run that was ended: two must not write at once."""
+    storage.run()
+    storage.unmount()
+    larger = storage.resized(128 * MIB)
+    larger.run(steps=1)
+    with loops.attach(str(storage.file)) as held:
+        fd = os.open(held.loop.node, os.O_RDWR | os.O_EXCL)
+        assert code(larger.run) == "resize_refused"
+        os.close(fd)
+    larger.run()
+    usable(larger)
 
 
 def test_two_names_left_by_a_kill(storage: Storage) -> None:

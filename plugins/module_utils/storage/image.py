@@ -17,6 +17,7 @@ from ..common.errors import TdeError
 from ..common.plan import Plan, Step
 from .control import CONTROL_NAME
 from .fscrypt import Support
+from .loops import Loop
 from .mounts import Mount
 
 #: The volume label of our images: what says that a file system was made here.
@@ -50,14 +51,6 @@ class Superblock(t.NamedTuple):
     block_size: int
     size: int
     encrypt: bool
-
-
-class Loop(t.NamedTuple):
-    """A loop device on an image. ``whole``: from its first byte to its last."""
-
-    node: str
-    number: tuple[int, int]
-    whole: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,9 +313,8 @@ def _mount(wish: StorageWish, image: ImageState | None) -> Plan:
             obj=f"image {wish.image}",
             next_step="Unmount it there, or name that mount_point.",
         )
-    loop = image.loops[0].node if image and image.loops else None
     return [
-        Step("mount_image", wish.mount_point, "the image is not mounted", {"loop": loop}),
+        Step("mount_image", wish.mount_point, "the image is not mounted"),
         _prepare_root(wish, "only root may write beside the places"),
     ]
 

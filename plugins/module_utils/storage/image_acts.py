@@ -4,14 +4,12 @@
 
 Each act can be killed at any moment: the next look at the machine leads to a plan that goes on from there.
 
-Sources: ``Documentation/filesystems/ext4/super.rst`` (the superblock), ``linux/loop.h``, mkfs.ext4(8), resize2fs(8), mount(8).
+Sources: ``Documentation/filesystems/ext4/super.rst`` (the superblock), mkfs.ext4(8), resize2fs(8), mount(8).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import stat
 import struct
@@ -23,16 +21,18 @@ from ..common.plan import Handlers
 from ..common.run import run_program
 from . import fscrypt
 from .control import CONTROL_NAME, write_control
-from .image import BLOCK_SIZE, LABEL, DirectoryState, ImageState, Loop, StorageState, StorageWish, Superblock
-from .mounts import mounted_at, mounts
+from .image import BLOCK_SIZE, LABEL, DirectoryState, ImageState, StorageState, StorageWish, Superblock
+from .loops import Loop, attach, attached
+from .mounts import Mount, mounted_at, mounts
 
 #: Formatting and growing write tables in proportion to the size; seconds.
 _LONG = 900
-
-#: linux/loop.h: LOOP_GET_STATUS64, LOOP_SET_CAPACITY; struct loop_info64 (device, inode, rdevice, offset, sizelimit, number …).
-_LOOP_GET_STATUS64, _LOOP_SET_CAPACITY = 0x4C05, 0x4C07
-_LOOP_INFO_BYTES = 232
-_LOOP_INFO = struct.Struct("=QQQQQ")
+#: mkfs.ext4(8): give no space back, and leave no tables to be zeroed later, which the kernel does by punching holes.
+_KEEP_SPACE = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
+#: mount(8), ext4(5): nor those of groups that came with growth.
+_MOUNT_OPTIONS = "nosuid,nodev,noinit_itable"
+#: e2fsck(8): operational error; here, that it could not have the device for itself.
+_IN_USE = 8
 
 
 def parse_superblock(head: bytes) -> Superblock | None:
@@ -86,13 +86,15 @@ def _inspect_image(path: str) -> ImageState | None:
     except OSError as exc:
         raise os_error(exc, path) from None
     regular = stat.S_ISREG(info.st_mode)
-    loops = _loops(info, os.path.basename(path)) if regular else ()
+    loops: tuple[Loop, ...] = ()
+    mounted: tuple[Mount, ...] = ()
     superblock = None
     if regular:
-        # While it is attached, the device's cache is newer than the file.
-        superblock = _read_superblock(loops[0].node if loops else path)
-    numbers = {loop.number for loop in loops}
-    mounted = tuple(mount for mount in mounts() if mount.device in numbers) if loops else ()
+        with attached(path) as held:
+            loops = tuple(one.loop for one in held)
+            # While it is attached, the device's cache is newer than the file.
+            superblock = _read_superblock(held[0].fd, path) if held else _read_file(path)
+            mounted = tuple(mount for mount in mounts() if mount.device in {loop.number for loop in loops})
     # A run that was ended between giving the final name and taking the first one away left two.
     links = info.st_nlink - _same_file(_temporary(path), info)
     return ImageState(regular, links, info.st_uid, stat.S_IMODE(info.st_mode), info.st_size, superblock, loops, mounted)
@@ -105,52 +107,19 @@ def _same_file(path: str, info: os.stat_result) -> bool:
         return False
 
 
-def _read_superblock(path: str) -> Superblock | None:
+def _read_file(path: str) -> Superblock | None:
     try:
         with open(path, "rb", buffering=0) as handle:
-            return parse_superblock(os.pread(handle.fileno(), 2048, 0))
+            return _read_superblock(handle.fileno(), path)
     except OSError as exc:
         raise os_error(exc, path) from None
 
 
-def _loops(image: os.stat_result, name: str) -> tuple[Loop, ...]:
-    """The loop devices on a file, known by device and inode: its path may have changed, or be another's.
-
-    :param name: the file's own name, by which a device that cannot be asked is held to be another's.
-    :raises TdeError: ``loop_unavailable``: a device that cannot be asked could be this one.
-    """
-    found = []
-    for device in sorted(os.listdir("/sys/block")):
-        try:
-            with open(f"/sys/block/{device}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as handle:
-                backing = handle.read().rstrip("\n")
-        except OSError:  # no loop device, or not attached
-            continue
-        node = f"/dev/{device}"
-        try:
-            loop = _ask_loop(node, image)
-        except OSError as exc:
-            # A container sees the loop devices of the whole host in /sys, and may open only its own.
-            if exc.errno == errno.ENXIO or os.path.basename(backing) != name:
-                continue
-            raise TdeError("loop_unavailable", f"cannot be asked: {os.strerror(exc.errno or 0)}", obj=node) from None
-        if loop:
-            found.append(loop)
-    return tuple(found)
-
-
-def _ask_loop(node: str, image: os.stat_result) -> Loop | None:
-    info = bytearray(_LOOP_INFO_BYTES)
-    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+def _read_superblock(fd: int, path: str) -> Superblock | None:
     try:
-        fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
-        number = os.fstat(fd).st_rdev
-    finally:
-        os.close(fd)
-    device, inode, _, offset, limit = _LOOP_INFO.unpack_from(info)
-    if (device, inode) != (image.st_dev, image.st_ino):
-        return None
-    return Loop(node, (os.major(number), os.minor(number)), not offset and not limit)
+        return parse_superblock(os.pread(fd, 2048, 0))
+    except OSError as exc:
+        raise os_error(exc, path) from None
 
 
 def _inspect_directory(path: str) -> DirectoryState | None:
@@ -181,7 +150,7 @@ def handlers(wish: StorageWish) -> Handlers:
         "extend_image": lambda step: _extend_image(step.obj, step.data["size"]),
         "make_mount_point": lambda step: _make_directory(step.obj),
         "secure_mount_point": lambda step: _secure(step.obj),
-        "mount_image": lambda step: _mount_image(t.cast(str, wish.image), step.obj, step.data["loop"]),
+        "mount_image": lambda step: _mount_image(t.cast(str, wish.image), step.obj),
         "prepare_root": lambda step: _prepare(step.obj),
         "write_control": lambda step: _control(step.obj),
         "resize_filesystem": lambda step: _resize(step.obj, step.data["online"]),
@@ -198,10 +167,7 @@ def _remove_leftover(image: str) -> None:
 
 
 def _create_image(image: str, size: int) -> None:
-    """All space is taken now, so that the database never meets a full host disk inside a file system that has room.
-
-    ``nodiscard`` because mkfs would otherwise give that space back.
-    """
+    """All space is taken now, so that the database never meets a full host disk inside a file system that has room."""
     folder_path, name = os.path.split(image)
     make_private_directory(folder_path)
     temporary = os.path.basename(_temporary(image))
@@ -210,22 +176,8 @@ def _create_image(image: str, size: int) -> None:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
             try:
                 os.posix_fallocate(fd, 0, size)
-                argv = [
-                    "mkfs.ext4",
-                    "-q",
-                    "-F",
-                    "-O",
-                    "encrypt",
-                    "-b",
-                    str(BLOCK_SIZE),
-                    "-L",
-                    LABEL,
-                    "-m",
-                    "1",
-                    "-E",
-                    "nodiscard",
-                ]
-                run_program([*argv, _temporary(image)], timeout=_LONG)
+                options = ["-O", "encrypt", "-b", str(BLOCK_SIZE), "-L", LABEL, "-m", "1", "-E", _KEEP_SPACE]
+                run_program(["mkfs.ext4", "-q", "-F", *options, _temporary(image)], timeout=_LONG)
                 os.fsync(fd)
                 # link() and not rename(): it refuses to replace a file that appeared meanwhile.
                 os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
@@ -284,43 +236,59 @@ def _prepare(path: str) -> None:
     write_control(path)
 
 
-def _mount_image(image: str, mount_point: str, loop: str | None) -> None:
-    """A second loop device on the same file would be two caches over one file system, so one that is there is used."""
-    options = ["-o", "nosuid,nodev"] if loop else ["-o", "loop,nosuid,nodev"]
-    if not loop and not os.path.exists("/dev/loop-control"):
-        raise TdeError(
-            "loop_unavailable", "does not exist", obj="/dev/loop-control", next_step="In a container: hand in loop devices."
-        )
-    run_program(["mount", "-t", "ext4", *options, loop or image, mount_point], timeout=120)
+def _mount_image(image: str, mount_point: str) -> None:
+    with attach(image) as held:
+        try:
+            run_program(["mount", "-t", "ext4", "-o", _MOUNT_OPTIONS, held.loop.node, mount_point], timeout=120)
+        except TdeError:
+            # The mount of a run that was ended may have come first; the kernel refuses a second one at the same place.
+            mount = mounted_at(mount_point)
+            if mount is None or mount.device != held.loop.number:
+                raise
 
 
 def _resize(image: str, online: bool) -> None:
     """Let the file system grow to the file's size; run again after an end in between, it goes on.
 
+    Always through the loop device, never on the file: the programs open it for themselves alone, so that two cannot
+    write at once when a run was ended and its program goes on.
+
     :param online: while it is mounted, which the kernel allows to CAP_SYS_RESOURCE only (root in a container may lack it).
     """
-    loops = _loops(os.stat(image, follow_symlinks=False), os.path.basename(image))
-    for loop in loops:
+    with attach(image) as held:
+        held.refresh()
+        if not online:
+            checked = run_program(["e2fsck", "-f", "-p", held.loop.node], timeout=_LONG, ok=(0, 1, _IN_USE))
+            if checked.returncode == _IN_USE:
+                raise TdeError(
+                    "resize_refused",
+                    "is in use by another program, or mounted where this process does not see it",
+                    obj=f"image {image}",
+                    kept="The file is larger now, its file system has its former size.",
+                    next_step="Wait for a run that still grows it, or unmount it there; then run again.",
+                )
         try:
-            fd = os.open(loop.node, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
-            finally:
-                os.close(fd)
-        except OSError as exc:
-            raise os_error(exc, loop.node) from None
-    target = loops[0].node if loops else image
-    if not online:
-        run_program(["e2fsck", "-f", "-p", target], timeout=_LONG, ok=(0, 1))
+            run_program(["resize2fs", held.loop.node], timeout=_LONG)
+        except TdeError as exc:
+            if online and "Permission denied" in exc.message:
+                raise TdeError(
+                    "resize_refused",
+                    "the kernel does not let this process grow a mounted file system (CAP_SYS_RESOURCE is missing)",
+                    obj=f"image {image}",
+                    kept="The file is larger now, its file system has its former size and goes on working.",
+                    next_step="Stop the database, close the keystore, unmount the image and run again: it then grows before it is mounted.",
+                ) from None
+            raise
+        _take_space(image)
+
+
+def _take_space(image: str) -> None:
+    """Fill the holes that growing punched where it zeroed tables; contents stay."""
     try:
-        run_program(["resize2fs", target], timeout=_LONG)
-    except TdeError as exc:
-        if online and "Permission denied" in exc.message:
-            raise TdeError(
-                "resize_refused",
-                "the kernel does not let this process grow a mounted file system (CAP_SYS_RESOURCE is missing)",
-                obj=f"image {image}",
-                kept="The file is larger now, its file system has its former size and goes on working.",
-                next_step="Stop the database, close the keystore, unmount the image and run again: it then grows before it is mounted.",
-            ) from None
-        raise
+        fd = os.open(image, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise os_error(exc, f"image {image}", kept="It has grown, and parts of it take no space on the disk yet.") from None
