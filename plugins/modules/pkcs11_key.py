@@ -42,7 +42,7 @@ options:
         type: str
         choices:
           present: The key is generated or imported if it is not there; attributes that can be changed are.
-          absent: The key is destroyed, both halves of a pair. This needs O(keys[].confirm_destroy).
+          absent: The key is destroyed, whatever its type, both halves of a pair. This needs O(keys[].confirm_destroy).
         default: present
       type:
         description: Type of the key.
@@ -246,7 +246,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common import plan as plan
 from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeModule, run_module
 from ansible_collections.hsm.tde.plugins.module_utils.common.options import pkcs11_options
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import secret_from_option
-from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.common.state import NAME, StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import KeyStore
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import keylist
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.attributes import USAGE
@@ -270,7 +270,7 @@ def keyslots_on(state: StateDirectory, token: TokenInfo) -> keylist.Uses:
     """
     store = os.path.join(state.path, "store")
     clusters = {row["cluster"] for row in Registry(state).keys() if row["cluster"]}  # noqa: SIM118 - a list, not a mapping
-    clusters.update(os.listdir(store) if os.path.isdir(store) else [])
+    clusters.update(name for name in (os.listdir(store) if os.path.isdir(store) else []) if NAME.fullmatch(name))
     uses: dict[tuple[str, bytes], list[str]] = {}
     for cluster in sorted(clusters):
         for key in KeyStore(state, cluster).describe():

@@ -13,6 +13,7 @@ import typing as t
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
+from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import make
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.blob import CBC_HMAC, GCM
@@ -282,6 +283,39 @@ def test_a_kill_while_the_kek_is_made_leaves_one(bench: Bench, moment: str) -> N
     assert (count, data) == (1, DATA_KEY)
     ids = {(entry["key_id"], entry["result"]) for entry in bench.journal.entries() if entry["action"] == "generate_kek"}
     assert ids == {(ref.id.hex(), "begun"), (ref.id.hex(), "done")}
+
+
+def test_a_kek_put_in_place_by_somebody_during_a_kill_is_refused(bench: Bench) -> None:
+    def killed(session: Session) -> None:
+        bench.registry.remember_token = lambda *_args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        bench.create(session)
+
+    with pytest.raises(ChildFailed):
+        bench.act(killed)
+
+    def swapped(session: Session) -> str:
+        [mine] = find(session, LABEL)
+        make.destroy(session, LABEL, mine.id)
+        make.import_key(
+            session, KeySpec(LABEL, mine.id, "aes", usage={"encrypt": True, "decrypt": True}, value=Secret(bytes(32)))
+        )
+        return code(lambda: bench.create(session))
+
+    assert bench.act(swapped) == "kek_unfit"
+
+
+def test_the_mac_is_judged_before_anything_is_decrypted(opencryptoki: Installation, state: StateDirectory) -> None:
+    bench = Bench(opencryptoki, state)
+
+    def act(session: Session) -> tuple[str, list[str]]:
+        from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.envelope import Kek
+
+        blob = wrap(session, bench.create(session), DATA_KEY, CONTEXT)
+        decrypted: list[str] = []
+        Kek.decrypt = lambda *_args: decrypted.append("!")  # type: ignore[method-assign,assignment]
+        return code(lambda: unwrap(session, blob, b"another context")), decrypted
+
+    assert bench.act(act) == ("envelope_damaged", [])
 
 
 def test_a_token_that_leaves_the_key_readable_is_refused(bench: Bench) -> None:

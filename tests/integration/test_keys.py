@@ -209,7 +209,9 @@ def test_a_kek_is_not_destroyed_but_may_be_suspended(token: Installation, state:
     assert refusal(lambda: apply(token, state, anew)) == "key_in_use"
     # Without its registry the host's journal still knows what it was made for.
     os.unlink(state.registry)
-    assert refusal(lambda: apply(token, state, wish(ref.label, state="absent", confirm_destroy=ref.label))) == "key_in_use"
+    for label in labels:
+        gone = wish(label, "hmac" if label.endswith(":mac") else "aes", "absent", confirm_destroy=label)
+        assert refusal(lambda gone=gone: apply(token, state, gone)) == "key_in_use"
     assert apply(token, state, wish(ref.label, usage={"encrypt": False})).plan[0].action == "change_key"
 
 
@@ -330,6 +332,30 @@ def test_the_modules(softhsm: SoftHsm, state: StateDirectory) -> None:
     softhsm.run(lambda: _destroy(softhsm, state, "data"))
     listed = run_module_file("pkcs11_key_info", options(softhsm, state))
     assert [row["label"] for row in listed["unreachable"]] == ["data"]
+
+
+def test_a_key_that_a_keyslot_names_is_not_destroyed(softhsm: SoftHsm, state: StateDirectory) -> None:
+    """Also one that the user made, of which neither registry nor journal knows what it is for."""
+    from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import KeyStore, TokenSlot
+
+    apply(softhsm, state, wish("own"), wish("other"))
+    slot = TokenSlot("primary", softhsm.access(), KeyRef("own", id_of("own")))
+    softhsm.run(lambda: KeyStore(state, "demo").create_key("cluster", 64, [slot]).check_value)
+
+    def destroy(label: str) -> dict[str, t.Any]:
+        item = {"label": label, "state": "absent", "confirm_destroy": label}
+        return run_module_file("pkcs11_key", options(softhsm, state, keys=[item]))
+
+    refused = destroy("own")
+    assert refused["error_code"] == "key_in_use"
+    assert "keyslot primary of data key cluster of cluster demo" in refused["msg"]
+    # A store that cannot be read says nothing about who needs what.
+    [file] = Path(state.store("demo")).glob("*.json")
+    content = file.read_bytes()
+    file.write_bytes(content[:-10])
+    assert destroy("other")["failed"]
+    file.write_bytes(content)
+    assert destroy("other")["changed"]
 
 
 def _destroy(token: Installation, state: StateDirectory, label: str) -> None:

@@ -103,13 +103,12 @@ def _complete(session: Session, ref: KeyRef, resumed: bool, cluster: str, regist
         write("begun")
     usage = {"encrypt": True, "decrypt": True}
     info = _ensure(session, KeySpec(ref.label, ref.id, "aes", size=256, usage=usage), cluster, registry)
-    check_fit(info, f"{ref} in {session.token}")
     kek = Kek(session, info, None)
     mechanism = GCM if _gcm_works(kek) else CBC_HMAC
     if mechanism == CBC_HMAC:
         usage = {"sign": True, "verify": True}
         companion = KeySpec(ref.label + COMPANION, ref.id, "hmac", size=256, usage=usage)
-        check_fit(_ensure(session, companion, cluster, registry), f"companion of {ref} in {session.token}")
+        _ensure(session, companion, cluster, registry)
         kek = load_kek(session, ref)
         _probe_cbc(kek)
     write("done", kcv=kek.kcv().hex(), mechanism=mechanism)
@@ -119,6 +118,13 @@ def _complete(session: Session, ref: KeyRef, resumed: bool, cluster: str, regist
 def _ensure(session: Session, spec: KeySpec, cluster: str, registry: Registry) -> KeyInfo:
     found = find(session, spec.label, id=spec.id, cls="secret")
     info = found[0] if found else make.generate(session, spec)
+    obj = f"{info.ref} in {session.token}"
+    check_fit(info, obj)
+    if any(info.flags.get(name) is False for name in ("local", "always_sensitive", "never_extractable")):
+        # Between a kill and this run somebody with the PIN may have put a key of his own in its place.
+        raise TdeError(
+            "kek_unfit", "was not generated in the token, or could be read once", obj=obj, next_step="Find out who made it."
+        )
     make.remember(session, registry, info, cluster)
     return info
 
