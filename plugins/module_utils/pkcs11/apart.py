@@ -4,7 +4,7 @@
 
 Software tokens write their files in place: SoftHSM 2.6.1 truncates ``token.object`` and then writes it,
 openCryptoki 3.8.1 does so with ``NVTOK.DAT`` and then with ``MK_USER``. A kill in between leaves a token that nobody can
-open, with every key in it. So C_InitToken, C_InitPIN and C_SetPIN are called by a child in a session of its own: what
+open, with every key in it (for SoftHSM see also :mod:`.softhsm`). So C_InitToken, C_InitPIN and C_SetPIN are called by a child in a session of its own: what
 kills the task or the command does not reach it, and it holds the lock of the state directory until it is done.
 """
 

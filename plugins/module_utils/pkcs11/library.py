@@ -19,6 +19,7 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.files import check_parents
 from ..common.secret import Secret
+from . import softhsm
 from .cryptoki import CK_ULONG, CkError, FunctionList
 from .errors import ckr_of
 
@@ -139,7 +140,7 @@ class Library:
                 "library_not_started",
                 f"C_Initialize answered {ckr}",
                 obj=f"library {path}",
-                next_step=_why_not_started(path, self.environment),
+                next_step=_why_not_started(path),
                 details={"ckr": ckr},
             ) from None
         self._pid = os.getpid()
@@ -224,6 +225,8 @@ class Library:
         :param session: the handle of an open session; :param user: ``user`` or ``so``.
         :raises CkError: what the token answered.
         """
+        if softhsm.is_softhsm(self.path):
+            softhsm.keep()
         raw = pin.reveal()
         self._call("C_Login", (CK_ULONG, CK_ULONG, _BYTES, CK_ULONG), session, _USER_TYPES[user], raw, len(raw))
 
@@ -269,6 +272,8 @@ def load(access: LibraryAccess) -> Library:
         if _environment.get(name, value) != value:
             raise _conflict(path)
     os.environ.update(access.environment)
+    if softhsm.is_softhsm(path):
+        softhsm.mend()
     _loaded[path] = Library(path, access.environment)
     _environment.update(access.environment)
     return _loaded[path]
@@ -326,7 +331,7 @@ def _judged(path: str) -> str:
     return real
 
 
-def _why_not_started(path: str, environment: t.Mapping[str, str]) -> str:
+def _why_not_started(path: str) -> str:
     """What a user looks at first when C_Initialize fails; the answer itself (mostly 5 or 6) does not tell."""
     name = os.path.basename(path)
     if "opencryptoki" in name:
@@ -339,7 +344,6 @@ def _why_not_started(path: str, environment: t.Mapping[str, str]) -> str:
         if group.gr_gid not in os.getgroups() and os.geteuid() != 0:
             return "This user is not in the group pkcs11."
         return "The service pkcsslotd left its socket and does not answer: look at its log."
-    if "softhsm" in name:
-        conf = environment.get("SOFTHSM2_CONF") or os.environ.get("SOFTHSM2_CONF") or "/etc/softhsm/softhsm2.conf"
-        return f"SoftHSM reads {conf}: it must exist, and the folder of tokens that it names as well."
+    if softhsm.is_softhsm(path):
+        return f"SoftHSM reads {softhsm.configuration()}: it must exist, and the folder of tokens that it names as well."
     return "Look at the library's own configuration, service and log."
