@@ -13,6 +13,7 @@ import contextlib
 import os
 import stat
 import struct
+import time
 import typing as t
 
 from ..common.errors import TdeError
@@ -33,6 +34,7 @@ _KEEP_SPACE = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
 _MOUNT_OPTIONS = "nosuid,nodev,noinit_itable"
 #: e2fsck(8): operational error; here, that it could not have the device for itself.
 _IN_USE = 8
+_WAIT_SECONDS = 5.0
 
 
 def parse_superblock(head: bytes) -> Superblock | None:
@@ -258,15 +260,7 @@ def _resize(image: str, online: bool) -> None:
     with attach(image) as held:
         held.refresh()
         if not online:
-            checked = run_program(["e2fsck", "-f", "-p", held.loop.node], timeout=_LONG, ok=(0, 1, _IN_USE))
-            if checked.returncode == _IN_USE:
-                raise TdeError(
-                    "resize_refused",
-                    "is in use by another program, or mounted where this process does not see it",
-                    obj=f"image {image}",
-                    kept="The file is larger now, its file system has its former size.",
-                    next_step="Wait for a run that still grows it, or unmount it there; then run again.",
-                )
+            _check_file_system(held.loop.node, image)
         try:
             run_program(["resize2fs", held.loop.node], timeout=_LONG)
         except TdeError as exc:
@@ -280,6 +274,24 @@ def _resize(image: str, online: bool) -> None:
                 ) from None
             raise
         _take_space(image)
+
+
+def _check_file_system(node: str, image: str) -> None:
+    """What resize2fs asks for first. A mount that is just going away, also in another mount namespace, is waited for.
+
+    :raises TdeError: ``resize_refused``, ``command_failed``.
+    """
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while run_program(["e2fsck", "-f", "-p", node], timeout=_LONG, ok=(0, 1, _IN_USE)).returncode == _IN_USE:
+        if time.monotonic() >= deadline:
+            raise TdeError(
+                "resize_refused",
+                "is in use by another program, or mounted where this process does not see it",
+                obj=f"image {image}",
+                kept="The file is larger now, its file system has its former size.",
+                next_step="Wait for a run that still grows it, or unmount it there; then run again.",
+            )
+        time.sleep(0.2)
 
 
 def _take_space(image: str) -> None:
