@@ -241,6 +241,8 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeMo
 from ansible_collections.hsm.tde.plugins.module_utils.engines import database_options, load
 from ansible_collections.hsm.tde.plugins.module_utils.engines.request import request
 
+SPEC: dict[str, t.Any] = database_options()
+
 
 def act(module: TdeModule) -> dict[str, t.Any]:
     """Look; the result as RETURN says."""
@@ -249,7 +251,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
 
 
 def main() -> None:
-    run_module(act, database_options(), libraries=("cryptography", "pkcs11", "psycopg"), read_only=True)
+    run_module(act, SPEC, libraries=("cryptography", "pkcs11", "psycopg"), read_only=True)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,11 @@ class Server:
     def start(self, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Start it; :returns: the outcome of pg_ctl."""
         options = f"-k {self.socket} -c listen_addresses='' -c max_wal_size=128MB -c shared_buffers=16MB -c max_connections=40"
-        return as_postgres(
-            f"{self.bin}/pg_ctl", "-D", str(self.data), "-w", "-t", "20", "-l", str(self.log / "server.log"), "-o", options, "start",
-            check=check,
-        )  # fmt: skip
+        log = self.log / "server.log"
+        argv = [f"{self.bin}/pg_ctl", "-D", str(self.data), "-w", "-t", "20", "-l", str(log), "-o", options, "start"]
+        done = as_postgres(*argv, check=False)
+        assert not check or done.returncode == 0, f"{done.stdout}{done.stderr}{log.read_text()[-2000:]}"
+        return done
 
     def stop(self) -> None:
         """Stop it if it runs."""
@@ -89,7 +90,8 @@ class Server:
         os.kill(pid, signal.SIGKILL)
         # The backends notice their parent's death and end by themselves.
         deadline = time.monotonic() + 10
-        while any(_cwd(entry) == str(self.data.resolve()) for entry in os.listdir("/proc") if entry.isdigit()):
+        here = str(self.data.resolve())
+        while os.path.exists(f"/proc/{pid}") or any(_cwd(entry) == here for entry in os.listdir("/proc") if entry.isdigit()):
             assert time.monotonic() < deadline, "backends outlive the postmaster"
             time.sleep(0.02)
 

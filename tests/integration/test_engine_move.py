@@ -230,7 +230,7 @@ def test_nothing_fails_for_users_while_their_tables_move(server: postgres.Server
     time.sleep(1)
     for target in ("vault", "second", "vault"):
         carry_out(server, decide(server, MoveWish(schemas=("bench",), database=database), target), target)
-    output, _ = load.communicate(timeout=60)
+    output = load.communicate(timeout=60)[0]
     done, failed = postgres.pgbench_failures(output)
     assert load.returncode == 0, output
     assert done > 100

@@ -68,6 +68,7 @@ def keyslots_option() -> dict[str, t.Any]:
     return {
         "type": "list",
         "elements": "dict",
+        "no_log": False,
         "options": {
             "name": {"type": "str", "default": "primary"},
             "protection": {"type": "str", "choices": ["token", "passphrase"], "default": "token"},

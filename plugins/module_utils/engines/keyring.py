@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import typing as t
 
+from ..common.check import established
 from ..common.errors import TdeError
 from ..common.journal import Journal
 from ..common.plan import Handlers, Plan, Step
@@ -21,7 +22,7 @@ from ..pkcs11.library import load
 from ..pkcs11.registry import Registry
 from ..pkcs11.token import TokenAccess, find, open_session
 from .base import Request, SlotWish
-from .keyslots import PASSPHRASE, TOKEN, Kek, Key, Slot, Token, Wanted, current_label, known
+from .keyslots import PASSPHRASE, TOKEN, Kek, Key, Slot, Token, Wanted, current_label, remembered
 from .record import Token as RecordedToken
 
 if t.TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Keyring:
         self.keks: list[Kek] = []
         self._tokens: dict[tuple[t.Any, ...], Token] = {}
         self._opened: dict[str, DataKey] = {}
+        self._answers: dict[tuple[str, str, tuple[str, ...]], str | None] = {}
 
     # --- looking
 
@@ -165,7 +167,7 @@ class Keyring:
             if not (one.token and access and access.pin) or (one.token, one.kek_label) in done:
                 continue
             done.add((one.token, one.kek_label))
-            if known(one.kek_label, one.token, self.keys, self.keks):
+            if remembered(one.kek_label, one.token, self.keys, self.keks):
                 with open_session(access, self.request.state) as session:
                     load_kek(session, self._kek(one.token, one.kek_label))
 
@@ -175,8 +177,13 @@ class Keyring:
             answers: dict[str, str | None] = {}
             for wish in self.wishes:
                 secret = self._passphrase(wish)
-                if secret and any(slot.protection == PASSPHRASE for slot in key.named(wish.name)):
-                    answers[wish.name] = self.store.find_keyslot(key.key_id, PassphraseSlot(wish.name, secret))
+                there = tuple(slot.uid for slot in key.named(wish.name) if slot.protection == PASSPHRASE)
+                if secret and there:
+                    # The answer is the same for the same keyslots, and costs half a second.
+                    index = (key.key_id, wish.name, there)
+                    if index not in self._answers:
+                        self._answers[index] = self.store.find_keyslot(key.key_id, PassphraseSlot(wish.name, secret))
+                    answers[wish.name] = self._answers[index]
             slots = tuple(
                 _with_answer(slot, answers[slot.name]) if slot.name in answers and slot.protection == PASSPHRASE else slot
                 for slot in key.slots
@@ -274,8 +281,7 @@ class Keyring:
         self.store.create()
 
     def _create_kek(self, step: Step) -> None:
-        access = self.wish(step.data["slot"]).access
-        assert access is not None  # noqa: S101 - ready() has refused it
+        access = established(self.wish(step.data["slot"]).access, "the token")
         with open_session(access, self.request.state, rw=True) as session:
             info = session.token
             # From now on a token that does not show is unreachable, whoever initialised it.
@@ -302,10 +308,10 @@ class Keyring:
         secret = self._passphrase(wish)
         if wish.protection == PASSPHRASE:
             return PassphraseSlot(name, secret)
-        assert wish.access is not None  # noqa: S101 - ready() has refused it
-        token = self.token(wish.access)
+        access = established(wish.access, "the token")
+        token = self.token(access)
         label = step.data.get("kek_label") or current_label(self.request.cluster, token, self.keys, self.keks)
-        return TokenSlot(name, wish.access, self._kek(token, label))
+        return TokenSlot(name, access, self._kek(token, label))
 
     def _kek(self, token: Token, label: str) -> KeyRef:
         ids = [kek.id for kek in self.keks if (kek.token, kek.label) == (token, label)]

@@ -118,14 +118,14 @@ def current_label(cluster: str, token: Token, keys: t.Sequence[Key], keks: t.Seq
     The newest that a keyslot names there; else the newest that the host remembers there for the cluster; else, in a
     token that is new to the cluster, one with the label of the newest elsewhere, so that its tag is kept.
     """
-    remembered = [kek.label for kek in keks if kek.token == token]
-    for labels in (_labels_on(keys, keks, token), remembered, _labels_on(keys, keks, None)):
+    there = [kek.label for kek in keks if kek.token == token]
+    for labels in (_labels_on(keys, keks, token), there, _labels_on(keys, keks, None)):
         if labels:
             return labels[-1]
     return kek_label(cluster)
 
 
-def known(label: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek]) -> bool:
+def remembered(label: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek]) -> bool:
     """Whether a master key must exist in a token: the registry or a keyslot names it. Such a one is never made anew."""
     return any(kek.token == token and kek.label == label for kek in keks) or label in _labels_on(keys, keks, token)
 
@@ -149,7 +149,7 @@ def master_keys(keys: t.Sequence[Key], keks: t.Sequence[Kek], wanted: t.Sequence
     needed |= {step.data["name"] for step in plan if step.action == "add_keyslot"}
     steps: dict[str, Step] = {}
     for one in wanted:
-        if one.token and (one.name in needed or not keys) and not known(one.kek_label, one.token, keys, keks):
+        if one.token and (one.name in needed or not keys) and not remembered(one.kek_label, one.token, keys, keks):
             step = create_kek(one.kek_label, one.token, one.name, "the cluster has no master key there")
             steps.setdefault(step.obj, step)
     return list(steps.values())
@@ -265,7 +265,7 @@ def rotate(
     elif max_age is not None and age(current, token, keys, keks, today) > max_age:
         target = kek_label(cluster, today.strftime("%Y%m%d"))
     plan: Plan = []
-    if not known(target, token, keys, keks):
+    if not remembered(target, token, keys, keks):
         plan.append(create_kek(target, token, slot, "rotation" if target != current else "the cluster has no master key there"))
     for key in keys:
         there = key.named(slot)

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shutil
 
+from ...common.check import established
 from ...common.errors import TdeError
 from ...common.files import check_parents, make_private_directory, os_error, trusted_directory, write_atomic
 from ...common.journal import Journal
@@ -85,9 +86,9 @@ class Acts:
         self.save(records.parse(step.data["record"], self.request.state.cluster_record(self.request.cluster)))
 
     def _write_pin_source(self, step: Step) -> None:
-        assert self.pin is not None  # noqa: S101 - the plan demands it
+        pin = established(self.pin, "the PIN for the boot")
         make_private_directory(os.path.dirname(step.data["path"]))
-        write_atomic(step.data["path"], self.pin.reveal() + b"\n")
+        write_atomic(step.data["path"], pin.reveal() + b"\n")
 
     # --- kernel keys
 
@@ -110,6 +111,7 @@ class Acts:
         key = self.keyring.key(step.data["key_id"])
         policy = fscrypt.policy(path)
         identifier = policy["identifier"] if policy else key.check_value if key else ""
+        # By its parent folder: a descriptor on the place itself would keep the key in use.
         left = fscrypt.remove_key(os.path.dirname(path), identifier)
         if left["status"] != "absent":
             users = ", ".join(f"{one.name} ({one.pid})" for one in servers.holders(path))
@@ -156,8 +158,7 @@ class Acts:
 
     def _record_place(self, step: Step) -> None:
         path, key_id = step.data["path"], step.data["key_id"]
-        policy = fscrypt.policy(path)
-        assert policy is not None  # noqa: S101 - a step before has set it
+        policy = established(fscrypt.policy(path), "the policy")
         below = self.options.mount_point is not None and path.startswith(self.options.mount_point + "/")
         place = records.Place(
             key_id=key_id,
@@ -173,8 +174,7 @@ class Acts:
     # --- a database cluster in its place
 
     def _filling(self, key_id: str, **change: bool) -> None:
-        place = self.record.place(key_id)
-        assert place is not None  # noqa: S101 - a step before has recorded it
+        place = established(self.record.place(key_id), "the place's record")
         self.save(self.record.with_place(dataclasses.replace(place, **change)))  # type: ignore[arg-type]
 
     def _clear_place(self, step: Step) -> None:
@@ -221,8 +221,7 @@ class Acts:
     # --- tablespaces and moves
 
     def _connected(self) -> sql.Access:
-        assert self.access is not None  # noqa: S101 - the plan was made from a server that answered
-        return self.access
+        return established(self.access, "the server's address")
 
     def _create_tablespace(self, step: Step) -> None:
         with sql.connect(self._connected()) as connection:
@@ -233,8 +232,7 @@ class Acts:
             sql.set_owner(connection, step.data["name"], step.data["owner"])
 
     def _mover(self) -> Mover:
-        assert self.mover is not None  # noqa: S101 - made before a plan with moves is run
-        return self.mover
+        return established(self.mover, "the mover")
 
     def _move_database(self, step: Step) -> None:
         # If somebody came in meanwhile nothing happened; the next plan moves relation by relation.

@@ -11,6 +11,7 @@ import os
 import typing as t
 
 from ...common import plan as plans
+from ...common.check import established
 from ...common.errors import TdeError
 from ...common.journal import Journal
 from ...common.plan import Plan, Step
@@ -199,9 +200,7 @@ class Postgresql(Engine):
         return outcome
 
     def _storage(self, *, sized: bool) -> look.Storage:
-        wish = self.options.storage_wish(sized=sized)
-        assert wish is not None  # noqa: S101 - check_present has looked
-        return look.storage(wish)
+        return look.storage(established(self.options.storage_wish(sized=sized), "the wish"))
 
     def same_file_system(self, storage: look.Storage) -> None:
         """Refuse to work beside a file system that is not mounted.
@@ -361,7 +360,15 @@ class Postgresql(Engine):
             return steps, public.facts(ring.keys, ring.keks, places, self.record)
 
         def run(steps: Plan) -> Plan:
-            plans.run(steps, acts.handlers())
+            problem: TdeError | None = None
+            for step in steps:
+                try:
+                    plans.run([step], acts.handlers())
+                except TdeError as exc:
+                    # One place in use keeps no other from being closed.
+                    problem = problem or exc
+            if problem:
+                raise problem
             return steps
 
         outcome = self.rounds(decide, run, check=check)

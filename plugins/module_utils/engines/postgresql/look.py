@@ -115,13 +115,15 @@ def place(
         return facts
     parent_exists, parent = _parent(path)
     nearest = existing(path)
-    support = fscrypt.supported(nearest if os.path.isdir(nearest) else os.path.dirname(nearest))
+    if os.path.islink(nearest) or not os.path.isdir(nearest):
+        nearest = os.path.dirname(nearest)
+    support = fscrypt.supported(nearest)
     facts = dataclasses.replace(
         facts,
         parent=parent,
         parent_exists=parent_exists,
         unsupported=support["reason"],
-        kernel_key=_key_status(os.path.dirname(nearest), key, support),
+        kernel_key=_key_status(nearest, key, support),
     )
     try:
         info = os.lstat(path)

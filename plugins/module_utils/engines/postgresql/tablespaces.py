@@ -10,6 +10,7 @@ import re
 import typing as t
 
 from ...common import plan as plans
+from ...common.check import established
 from ...common.errors import TdeError
 from ...common.plan import Plan, Step
 from .. import keyslots
@@ -195,7 +196,7 @@ class Tablespaces:
 
     def run(self, steps: Plan) -> Plan:
         """Carry a plan out."""
-        assert self.server is not None  # noqa: S101 - decide() has looked
+        self.server = established(self.server, "server")
         self.ring.ready(steps)
         self.acts.record = self.engine.known()
         self.acts.access = self.server.access
@@ -277,8 +278,7 @@ def _usable(server: look.Server) -> sql.Server:
     :raises TdeError: ``server_down`` and its kind, ``server_is_standby``, ``server_privilege_missing``, ``server_not_local``.
     """
     if server.answer is None:
-        assert server.error is not None  # noqa: S101 - one of the two is there
-        raise server.error
+        raise established(server.error, "the error")
     answer = server.answer
     obj = f"PostgreSQL at {server.access.where}"
     if answer.standby:

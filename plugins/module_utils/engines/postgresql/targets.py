@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import typing as t
 
+from ...common.check import established
 from ...common.errors import TdeError
 from ...keystore.store import KeyStore
 from ...storage.proof import ProofTarget, relation_files
@@ -85,8 +86,7 @@ def _relation(server: look.Server, name: str, identifiers: t.Mapping[str, str]) 
     if len(parts) != 3 or not all(parts):
         raise TdeError("invalid_option", "must be DATABASE.SCHEMA.NAME", obj=f"relation {name!r}")
     if server.answer is None:
-        assert server.error is not None  # noqa: S101 - one of the two is there
-        raise server.error
+        raise established(server.error, "the error")
     database, schema, relation = parts
     if server.answer.database(database) is None:
         raise TdeError("database_absent", "does not exist", obj=f"database {database}")
