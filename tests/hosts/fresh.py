@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env python
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The promise of the README, tried: a fresh Debian 12 with nothing but git, make and certificates, a clone, `make`.

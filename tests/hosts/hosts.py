@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env python
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Hosts for tests: Debian 12 with its own systemd, PostgreSQL and SoftHSM, in containers that reboot and lose power.
@@ -225,10 +225,24 @@ class Host:
             *machine.loop_binds(),
         ]
         while True:
-            code = subprocess.run(command, check=False).returncode
+            with subprocess.Popen(command) as container:
+                wait(f"{self.name}: start", lambda: self.first_process() is not None, BOOT)
+                self._renumber()
             machine.detach_loops(self.root)
-            if code != _REBOOT:
-                return code
+            if container.returncode != _REBOOT:
+                return container.returncode
+
+    def _renumber(self) -> None:
+        """Give the processes of this boot other numbers than those of the last ones.
+
+        A container's few processes get nearly the same numbers at each boot, a machine's do not. PostgreSQL takes
+        a postmaster.pid that a power cut left for a server that runs, if that number is again a process of its user.
+        """
+        counter = self.path / "boots"
+        boots = int(counter.read_text(encoding="ascii")) + 1 if counter.exists() else 1
+        counter.write_text(str(boots), encoding="ascii")
+        text = f"echo {boots % 15 * 2000 + 1000} > /proc/sys/kernel/ns_last_pid"
+        run("nsenter", f"--target={self.first_process()}", "--pid", "sh", "-c", text)
 
     def wait_until_up(self) -> None:
         """Until one can log in."""

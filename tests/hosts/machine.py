@@ -37,6 +37,7 @@ PROGRAMS = {
     "ssh-keygen": "openssh-client",
     "mount": "mount",
     "losetup": "mount",
+    "nsenter": "util-linux",
     "git": "git",
 }
 
@@ -116,7 +117,7 @@ def cgroup_processes(name: str) -> set[int]:
     """Who runs in the control groups of that name and below."""
     found: set[int] = set()
     for root in cgroup_roots():
-        for folder, _, _ in os.walk(root / name):
+        for folder, dummy_folders, dummy_files in os.walk(root / name):
             try:
                 found.update(int(line) for line in pathlib.Path(folder, "cgroup.procs").read_text(encoding="ascii").split())
             except OSError:  # the group went meanwhile
@@ -135,7 +136,7 @@ def remove_cgroup(name: str) -> None:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.1)
     for root in cgroup_roots():
-        for folder, _, _ in os.walk(root / name, topdown=False):
+        for folder, dummy_folders, dummy_files in os.walk(root / name, topdown=False):
             os.rmdir(folder)
 
 
