@@ -18,6 +18,7 @@ import json
 import re
 import typing as t
 
+from ..common.check import is_int
 from ..common.errors import TdeError
 from ..common.files import MAX_BYTES
 from ..common.state import NAME
@@ -308,13 +309,13 @@ def decode(raw: bytes, identity: Identity | None = None) -> Document:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise damaged("is not a wrapped-key file")
     version = content.get("version")
-    if type(version) is int and version > VERSION:
+    if is_int(version) and version > VERSION:
         raise TdeError(
             "keystore_newer",
             f"has version {version}; this collection reads up to {VERSION}",
             next_step="Use the version of hsm.tde that wrote it, or a newer one.",
         )
-    if type(version) is not int or version != VERSION:
+    if not is_int(version) or version != VERSION:
         raise damaged("has no valid version")
     _refuse_forbidden(content)
     document = dataclasses.replace(_document(content), mac=_text(content["mac"], "mac", _SHA256), raw=raw)
@@ -369,7 +370,7 @@ def _text(value: t.Any, what: str, pattern: re.Pattern[str] | None = None) -> st
 
 
 def _number(value: t.Any, what: str, least: int, most: int = _MAX_INTEGER) -> int:
-    if type(value) is not int or not least <= value <= most:
+    if not is_int(value) or not least <= value <= most:
         raise damaged(f"field {what} is not valid")
     return value
 
@@ -395,7 +396,7 @@ def _keyslot(content: t.Any) -> Keyslot:
         raise damaged("field blob is not valid")
     for name, value in blob.items():
         _text(name, "blob")
-        if type(value) is not int:
+        if not is_int(value):
             _text(value, "blob")
     return Keyslot(**_facts(fields), blob=blob, mac=_text(fields["mac"], "mac", _SHA256))
 

@@ -235,7 +235,7 @@ class KeyFile(SealedFile):
         self.record(action, recorded.BEGUN, document, *slots)
         write_atomic(self.path, document.raw)
         if read_private(self.path) != document.raw:
-            raise TdeError("keyslot_unsound", "does not read back as it was written", obj=self.path, kept="")
+            raise TdeError("keyslot_unsound", "does not read back as it was written", obj=self.path, kept="It was not used.")
         self.record(action, recorded.DONE, document, *slots)
 
     def _candidate(self) -> str:

@@ -14,6 +14,7 @@ import hmac
 import secrets
 import typing as t
 
+from ..common.check import is_int
 from ..common.errors import TdeError
 from ..common.secret import Secret
 from .format import Identity, Keyslot, b64, damaged, hkdf, unb64
@@ -170,7 +171,7 @@ def _kdf(slot: Keyslot) -> Kdf:
         raise damaged(f"keyslot {slot.name} has no key derivation that this version knows")
     common = {"kdf", "salt", "verifier", "cipher", "iv", "ciphertext"}
     own = set(make().fields())
-    if set(blob) != common | own or slot.target or blob["cipher"] != _CIPHER or any(type(blob[name]) is not int for name in own):
+    if set(blob) != common | own or slot.target or blob["cipher"] != _CIPHER or any(not is_int(blob[name]) for name in own):
         raise damaged(f"keyslot {slot.name} has missing or unknown fields")
     kdf = make(**{name: blob[name] for name in own})
     if not kdf.sound():

@@ -21,6 +21,7 @@ from .format import SECRET, Document, Identity, Keyslot, b64, damaged, hkdf, unb
 from .keyfile import KeyFile
 from .protection import Credential, Slot
 from .sealed import Opened
+from .store import document_facts
 
 #: Bytes of a secret; four thirds of it, in base64, stand in a file of at most 1 MiB.
 MAX_SECRET = 64 << 10
@@ -93,6 +94,22 @@ class SecretFile:
         except InvalidTag:
             raise damaged("its payload does not decrypt under the key of its keyslots") from None
         return opened, Secret(plain)
+
+
+def describe_secrets(state: StateDirectory) -> list[dict[str, t.Any]]:
+    """Public facts of every wrapped secret that this host's journal knows: ``path`` and what ``KeyStore.describe`` tells of a key.
+
+    :raises TdeError: ``keystore_unreachable`` if one does not show: then nobody can say which KEKs are needed.
+    """
+    known: dict[str, str] = {}
+    for entry in Journal(state.journal).entries():
+        if entry["result"] == recorded.DONE and entry["detail"].get("file_kind") == SECRET and "file_digest" in entry["detail"]:
+            known[entry["detail"]["file_path"]] = entry["key_id"]
+    described = []
+    for path, name in sorted(known.items()):
+        judged = SecretFile(state, path, name).file.judged()
+        described.append({"path": path, **document_facts(judged.document, judged.verdict)})
+    return described
 
 
 def unwrap_secret(path: str, credentials: t.Sequence[Credential], state: StateDirectory, name: str | None = None) -> Secret:

@@ -296,7 +296,7 @@ class SecretService:
 
     def _create(self, replace: Document | None) -> None:
         wish = self.wish
-        value = wish.secret or Secret("".join(secrets.choice(_ALPHABET) for _ in range(wish.generate or 0)))
+        value = wish.secret or Secret("".join(secrets.choice(_ALPHABET) for dummy in range(wish.generate or 0)))
         slots = [self._store_slot(one.name) for one in wish.slots]
         self.file.create(value, slots, replace=replace, replace_lost=wish.replace_lost)
 

@@ -202,7 +202,7 @@ def test_killed_again_in_the_run_that_finishes(home: Path, job: Job, tries: int)
     count = Kill()
     stage.run(job, count)
     chance = random.Random(20260102)
-    for _ in range(tries):
+    for dummy in range(tries):
         stage.reset()
         for _run in range(2):
             stage.run(job, Kill(chance.randint(1, count.points)))

@@ -16,7 +16,12 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secre
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.format import SECRET, Document, Identity, Keyslot
-from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretfile import MAX_SECRET, SecretFile, unwrap_secret
+from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretfile import (
+    MAX_SECRET,
+    SecretFile,
+    describe_secrets,
+    unwrap_secret,
+)
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretservice import (
     Destination,
     Facts,
@@ -217,6 +222,22 @@ def test_no_secret_is_left_beside_the_destination(bench: Bench, tmp_path: Path) 
         if not kill.dead:
             break
     assert point > 10
+
+
+def test_every_secret_of_the_host_is_known(bench: Bench) -> None:
+    assert describe_secrets(bench.state) == []
+    bench.run("present", A, secret=ONE)
+    second = bench.folder / "second.key"
+    bench.run("present", A, R, secret=OTHER, file=bench.file(second))
+    bench.value()
+    facts = describe_secrets(bench.state)
+    assert [(each["path"], each["key_id"], len(each["keyslots"])) for each in facts] == [
+        (str(bench.path), "app.key", 1),
+        (str(second), "second.key", 2),
+    ]
+    second.unlink()
+    with refused("keystore_unreachable"):
+        describe_secrets(bench.state)
 
 
 def _slot(name: str, uid: str, proved: bool = True) -> Keyslot:

@@ -493,6 +493,58 @@ def test_every_write_is_in_the_journal_without_a_secret(store: KeyStore) -> None
         assert secret not in text
 
 
+def test_a_keyslot_that_does_not_give_the_key_back_never_shows(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that wraps wrongly, or a disk that returns something else: no file, so nobody encrypts under such a key."""
+    wrap = passphrase._Passphrase.wrap
+
+    def another(self: t.Any, wish: t.Any, key: bytes, *rest: t.Any) -> t.Any:
+        return wrap(self, wish, key if wish.name == "primary" else bytes(len(key)), *rest)
+
+    monkeypatch.setattr(passphrase._Passphrase, "wrap", another)
+    with refused("keyslot_unsound"):
+        store.create_key("cluster", 64, [PRIMARY, RECOVERY])
+    assert store.key_ids() == []
+    monkeypatch.undo()
+    key = store.create_key("cluster", 64, [PRIMARY])
+    assert files(store.path) == ["cluster.json", "lock"]
+    monkeypatch.setattr(passphrase._Passphrase, "wrap", another)
+    store.add_keyslot("cluster", key, RECOVERY)
+    with refused("keyslot_foreign"):
+        store.prove_keyslot("cluster", RECOVERY)
+    assert slots_of(store) == [("primary", "proved"), ("recovery", "new")]
+
+
+def test_a_writer_between_journal_and_file_is_no_false_alarm(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = store.create_key("cluster", 64, [PRIMARY])
+    entries, writes = Journal.entries, ["first", "second"]
+
+    def racing(self: Journal) -> list[dict[str, t.Any]]:
+        found = entries(self)
+        if writes:
+            name = writes.pop()
+            monkeypatch.setattr(Journal, "entries", entries)
+            store.add_keyslot("cluster", key, slot(name))
+            monkeypatch.setattr(Journal, "entries", racing)
+        return found
+
+    monkeypatch.setattr(Journal, "entries", racing)
+    assert store.open_key("cluster", [PRIMARY]).reveal() == key.reveal()
+    assert (writes, slots_of(store)) == ([], [("primary", "proved"), ("second", "new"), ("first", "new")])
+
+
+def test_another_run_waits_its_turn(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that holds the lock: another writer stops with a clear error, a reader is not held up."""
+    from ansible_collections.hsm.tde.plugins.module_utils.common.files import lock
+    from ansible_collections.hsm.tde.plugins.module_utils.keystore import keyfile
+
+    key = store.create_key("cluster", 64, [PRIMARY])
+    monkeypatch.setattr(keyfile, "_WAIT", 0)
+    with lock(os.path.join(store.path, "lock")):
+        with refused("busy"):
+            store.add_keyslot("cluster", key, RECOVERY)
+        assert store.open_key("cluster", [PRIMARY]).reveal() == key.reveal()
+
+
 # --- hosts on which scrypt may not run
 
 
