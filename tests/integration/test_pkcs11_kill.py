@@ -20,7 +20,9 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Jour
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import cryptoki, resting
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.apart import apart
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.initialize import TokenWish, ensure
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.library import load
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.pins import PinWish, change
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import TokenAccess, TokenSelector, open_session
 from ansible_collections.hsm.tde.tests.integration.support import ChildFailed, Installation, OpenCryptoki, SoftHsm
@@ -175,3 +177,58 @@ def test_initialising_killed_at_each_act(kind: str, tmp_path: Path, request: pyt
         if not killed:
             break
     assert point > {"softhsm": 12, "opencryptoki": 5}[kind], "the points are not where the code acts"
+
+
+def test_an_act_on_a_token_outlives_whoever_asked_for_it(softhsm: SoftHsm, state: StateDirectory, tmp_path: Path) -> None:
+    """The whole process group of the task is killed in the midst of the act: it is ended all the same, under the lock."""
+    began, done = tmp_path / "began", tmp_path / "done"
+
+    def act() -> None:
+        began.touch()
+        time.sleep(0.5)
+        done.touch()
+
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        with state.locked():
+            apart(load(softhsm.library_access()), act, "token")
+        os._exit(0)
+    deadline = time.monotonic() + 10
+    while not began.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not done.exists()
+    with pytest.raises(TdeError) as caught:
+        with state.locked():
+            pass
+    assert caught.value.code == "busy"
+    with state.locked(10):
+        assert done.exists()
+
+
+def test_an_act_that_is_ended_itself_is_said(softhsm: SoftHsm) -> None:
+    def run() -> None:
+        apart(load(softhsm.library_access()), lambda: os.kill(os.getpid(), signal.SIGKILL), "token")
+
+    with pytest.raises(TdeError) as caught:
+        softhsm.run(run)
+    assert caught.value.code == "token_act_lost"
+
+
+def test_an_error_of_an_act_passes_without_foreign_text(softhsm: SoftHsm) -> None:
+    def fail(exc: Exception) -> None:
+        raise exc
+
+    def run(exc: Exception) -> None:
+        apart(load(softhsm.library_access()), lambda: fail(exc), "token")
+
+    ours = TdeError("pin_refused", "message", obj="object", kept="kept", next_step="next", details={"a": 1})
+    with pytest.raises(TdeError) as caught:
+        softhsm.run(lambda: run(ours))
+    assert caught.value.result() == ours.result()
+    with pytest.raises(TdeError) as caught:
+        softhsm.run(lambda: run(ValueError("marker-secret")))
+    assert caught.value.code == "internal_error"
+    assert "marker" not in str(caught.value)

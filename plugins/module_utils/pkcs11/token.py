@@ -351,7 +351,7 @@ def session_on(
     try:
         with translated(str(info)):
             library.close_all_sessions(info.slot_id)
-            slot = next(slot for slot in library.raw.get_slots(token_present=True) if slot.slot_id == info.slot_id)
+            (slot,) = [slot for slot in library.raw.get_slots(token_present=True) if slot.slot_id == info.slot_id]
             raw = slot.get_token().open(rw=rw or user == "so")
         session = Session(library, info, raw, user)
         if user and pin:
