@@ -32,8 +32,10 @@ a refused PIN is never tried again, and nothing else of these changes by waiting
 
 ## Codes
 
-| code | cause | meaning |
-|---|---|---|
+Every message ends with a next step; the last column is the one of a message that knows none of its own.
+
+| code | cause | meaning | next step |
+|---|---|---|---|
 """
 
 
@@ -45,7 +47,9 @@ def page() -> str:
     lines = [_HEAD]
     lines += [f"| `{cause}` | {exits.BY_CAUSE[cause]} | {meaning} |\n" for cause, meaning in errors.CAUSES.items()]
     lines.append(_EXITS.format(again=exits.UNREACHABLE))
-    lines += [f"| `{code}` | {entry.cause} | {entry.meaning} |\n" for code, entry in sorted(errors.ERROR_CODES.items())]
+    lines += [
+        f"| `{code}` | {entry.cause} | {entry.meaning} | {entry.advice} |\n" for code, entry in sorted(errors.ERROR_CODES.items())
+    ]
     return "".join(lines)
 
 

@@ -45,7 +45,8 @@ def test_there_are_modules():
 @pytest.mark.parametrize("name", MODULES)
 def test_every_secret_option_is_no_log(name, monkeypatch):
     spec, _ = spec_of(name, monkeypatch)
-    open_secrets = [path for path, last, definition in walk(spec) if SECRET.search(last) and definition.get("no_log") is not True]
+    texts = [row for row in walk(spec) if row[2].get("type", "str") != "bool"]
+    open_secrets = [path for path, last, definition in texts if SECRET.search(last) and definition.get("no_log") is not True]
     assert open_secrets == []
 
 
@@ -81,5 +82,5 @@ def test_examples_use_the_full_name_and_no_secret_in_the_clear(name, monkeypatch
     assert f"hsm.tde.{name}:" in text
     for line in text.splitlines():
         found = re.match(r"\s*(?:- )?(\w+): (.+)", line)
-        if found and SECRET.search(found.group(1)):
+        if found and SECRET.search(found.group(1)) and found.group(2) not in ("true", "false"):
             assert "{{" in found.group(2), line

@@ -23,6 +23,9 @@ from ..common.secret import harden_process
 #: Seconds for one act: a login, a scrypt derivation and a few mounts take under five; an HSM that is busy, longer.
 SECONDS = 90.0
 
+#: What a defect leaves as it was, as far as anybody can say.
+_JOURNALLED = "What was done before it is in the journal."
+
 
 def isolated(act: t.Callable[[], t.Any], seconds: float = SECONDS) -> t.Any:
     """Run ``act`` in a child and give its result, which is JSON's kinds of value.
@@ -64,7 +67,7 @@ def _child(act: t.Callable[[], t.Any], writer: int) -> t.NoReturn:
         # The text of a foreign exception may hold a value; its type and place do not.
         place = traceback.extract_tb(exc.__traceback__)[-1]
         said = f"{type(exc).__name__} in {os.path.basename(place.filename)}:{place.lineno} ({place.name})"
-        answer = {"error": {**TdeError("internal_error", said, obj="the command", kept="").result(), "message": said}}
+        answer = {"error": {**TdeError("internal_error", said, obj="the command", kept=_JOURNALLED).result(), "message": said}}
     with os.fdopen(writer, "wb") as pipe:
         pipe.write(json.dumps(answer).encode())
     # No finaliser of a library runs: what it had open ends with the process.
@@ -87,7 +90,7 @@ def _read_until(fd: int, deadline: float) -> bytes | None:
 def _answer(raw: bytes, status: int) -> t.Any:
     if not raw:
         said = f"the child ended with signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "the child gave no answer"
-        raise TdeError("internal_error", f"{said}; a PKCS#11 library may have crashed", obj="the command", kept="")
+        raise TdeError("internal_error", f"{said}; a PKCS#11 library may have crashed", obj="the command", kept=_JOURNALLED)
     answer = json.loads(raw)
     if "error" not in answer:
         return answer["result"]

@@ -136,7 +136,7 @@ def main(argv: t.Sequence[str] | None = None, state_directory: str = DEFAULT_PAT
                 "internal_error",
                 f"{type(exc).__name__} in {os.path.basename(place.filename)}:{place.lineno} ({place.name})",
                 obj="the command",
-                kept="",
+                kept="What was done before it is in the journal.",
             )
         )
         return INTERNAL

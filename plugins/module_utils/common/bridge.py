@@ -19,7 +19,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.respawn import has_respawned, respawn_module
 
-from .errors import ERROR_CODES, TdeError
+from .errors import TdeError
 
 #: Where the role prerequisites puts the target's environment; used when the interpreter in use lacks a library.
 TARGET_PYTHON = "/opt/hsm-tde/venv/bin/python"
@@ -154,8 +154,11 @@ class TdeModule(AnsibleModule):  # type: ignore[misc]
             for text in sorted(set(_hidden_texts(self._spec, self._given)), key=len, reverse=True):
                 if len(text) >= 3:
                     msg = msg.replace(text, "***")
-            kwargs.setdefault("error_code", "invalid_option")
-            kwargs.setdefault("cause", ERROR_CODES["invalid_option"].cause)
+            name = self._name.removesuffix(".py").rpartition(".")[2]
+            error = TdeError(
+                "invalid_option", msg, obj="options", next_step=f"Correct them: ansible-doc hsm.tde.{name} lists what there is."
+            )
+            msg, kwargs = str(error), {**error.result(), **kwargs}
         super().fail_json(msg, **kwargs)
 
     def fail(self, error: TdeError, **facts: t.Any) -> t.NoReturn:

@@ -23,42 +23,87 @@ CAUSES: dict[str, str] = {
 
 
 class ErrorCode(t.NamedTuple):
-    """A row of the table: its cause (a key of CAUSES) and what it means to the reader."""
+    """A row of the table: its cause (a key of CAUSES), what it means to the reader, and what helps where nothing better is known."""
 
     cause: str
     meaning: str
+    advice: str = ""
 
 
 ERROR_CODES: dict[str, ErrorCode] = {
     # common
-    "internal_error": ErrorCode("client_error", "A defect of this collection: please report it with the name of the step."),
-    "invalid_option": ErrorCode("client_error", "An option is missing, unknown, malformed or contradicts another."),
+    "internal_error": ErrorCode(
+        "client_error",
+        "A defect of this collection: please report it with the name of the step.",
+        "Report it with this message; run again with --check to see what is left to do.",
+    ),
+    "invalid_option": ErrorCode(
+        "client_error", "An option is missing, unknown, malformed or contradicts another.", "Correct the option, then run again."
+    ),
     "secret_not_text": ErrorCode(
         "client_error", "YAML read a secret as a number or a boolean (01234567 is octal): quote it. It was not tried."
     ),
     "python_too_old": ErrorCode("unsupported", "The target's Python is older than 3.10."),
     "library_missing": ErrorCode("absent", "A Python library is missing on the target: run the role hsm.tde.prerequisites."),
-    "permission_denied": ErrorCode("refused", "The operating system refused; most acts need root."),
-    "file_absent": ErrorCode("absent", "A file that was named does not exist."),
-    "file_not_private": ErrorCode("refused", "A file or one of its parents has the wrong type, owner, mode or link count."),
-    "file_too_large": ErrorCode("damaged", "A file is larger than any that this collection writes."),
-    "disk_full": ErrorCode("unreachable", "No space left; the former file is untouched."),
-    "io_error": ErrorCode("unreachable", "Reading or writing failed in the operating system."),
+    "permission_denied": ErrorCode(
+        "refused",
+        "The operating system refused; most acts need root.",
+        "Run it as root, and see that nothing on the way (a mount option, a container, SELinux) takes root's rights away.",
+    ),
+    "file_absent": ErrorCode(
+        "absent", "A file that was named does not exist.", "Correct its path, or mount the file system that it is on."
+    ),
+    "file_not_private": ErrorCode(
+        "refused",
+        "A file or one of its parents has the wrong type, owner, mode or link count.",
+        "Find out who changed it before you correct owner and mode.",
+    ),
+    "file_too_large": ErrorCode(
+        "damaged", "A file is larger than any that this collection writes.", "Find out who wrote it; restore it from a backup."
+    ),
+    "disk_full": ErrorCode(
+        "unreachable",
+        "No space left; the former file is untouched.",
+        "Make room, then run again: it goes on where this run stopped.",
+    ),
+    "io_error": ErrorCode(
+        "unreachable",
+        "Reading or writing failed in the operating system.",
+        "Look at the kernel's log and at the device, then run again.",
+    ),
     "busy": ErrorCode("locked", "Another run holds the lock; nothing was begun."),
-    "timeout": ErrorCode("unreachable", "No answer within the time allowed."),
-    "command_missing": ErrorCode("absent", "A program that the step needs is not installed."),
-    "command_failed": ErrorCode("unreachable", "A program that the step needs ended with an error."),
+    "timeout": ErrorCode("unreachable", "No answer within the time allowed.", "Find out what keeps it busy, then run again."),
+    "command_missing": ErrorCode(
+        "absent", "A program that the step needs is not installed.", "Install the package that has it, then run again."
+    ),
+    "command_failed": ErrorCode(
+        "unreachable", "A program that the step needs ended with an error.", "Correct what it says, then run again."
+    ),
     "journal_damaged": ErrorCode("damaged", "The journal's hash chain is broken: entries were changed, removed or added."),
     "registry_damaged": ErrorCode("damaged", "The registry of tokens and keys cannot be read."),
     # pkcs11: the library
     "library_absent": ErrorCode("absent", "There is no PKCS#11 library at the path given."),
-    "library_unreadable": ErrorCode("refused", "The operating system does not let this user read the PKCS#11 library."),
+    "library_unreadable": ErrorCode(
+        "refused",
+        "The operating system does not let this user read the PKCS#11 library.",
+        "Run it as root, or let this user read the library.",
+    ),
     "library_not_trusted": ErrorCode(
-        "refused", "Somebody other than root could replace the PKCS#11 library or a folder it is in; root does not load it."
+        "refused",
+        "Somebody other than root could replace the PKCS#11 library or a folder it is in; root does not load it.",
+        "Give the library and every folder above it to root, writable for nobody else: root must not load what others can change.",
     ),
     "library_wrong_architecture": ErrorCode("unsupported", "The PKCS#11 library was built for another processor or word size."),
-    "library_not_pkcs11": ErrorCode("client_error", "The file is not a shared library with the function C_GetFunctionList."),
-    "library_not_loaded": ErrorCode("unreachable", "The dynamic linker refused the PKCS#11 library; often a library that it needs is missing."),
+    "library_not_pkcs11": ErrorCode(
+        "client_error",
+        "The file is not a shared library with the function C_GetFunctionList.",
+        "Correct the option library: it names the shared library (.so) that the token's maker delivers for PKCS#11.",
+    ),
+    "library_not_loaded": ErrorCode(
+        "unreachable",
+        "The dynamic linker refused the PKCS#11 library; often a library that it needs is missing.",
+        "See with ldd which library it needs and does not find, and install that.",
+    ),
     "library_not_started": ErrorCode(
         "unreachable", "The PKCS#11 library loaded and refused to start: its configuration, service or device is missing."
     ),
@@ -66,153 +111,349 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "client_error", "A PKCS#11 library reads its environment once a process; two environments need two tasks."
     ),
     # pkcs11: answers of the library without a code of their own, by cause
-    "pkcs11_absent": ErrorCode("absent", "The token answered that the object, slot or token does not exist."),
-    "pkcs11_refused": ErrorCode("refused", "The token refused: a permission, a policy, or nobody is logged in."),
-    "pkcs11_locked": ErrorCode("locked", "The token is held by another session or user."),
-    "pkcs11_unreachable": ErrorCode("unreachable", "The library, its service or the device did not answer as it should."),
-    "pkcs11_unsupported": ErrorCode("unsupported", "The token cannot do this, or not with these parameters."),
-    "pkcs11_damaged": ErrorCode("damaged", "The token found encrypted data, a wrapped key or a signature invalid."),
-    "pkcs11_client_error": ErrorCode("client_error", "The token found the request malformed or contradictory."),
+    "pkcs11_absent": ErrorCode(
+        "absent",
+        "The token answered that the object, slot or token does not exist.",
+        "See with hsm.tde.pkcs11_token_info and hsm.tde.pkcs11_key_info what is there.",
+    ),
+    "pkcs11_refused": ErrorCode(
+        "refused",
+        "The token refused: a permission, a policy, or nobody is logged in.",
+        "See what the token's policy and the key's usage flags allow.",
+    ),
+    "pkcs11_locked": ErrorCode(
+        "locked", "The token is held by another session or user.", "End the other session, or wait for its end, then run again."
+    ),
+    "pkcs11_unreachable": ErrorCode(
+        "unreachable",
+        "The library, its service or the device did not answer as it should.",
+        "Look at the token's service, log and device, then run again.",
+    ),
+    "pkcs11_unsupported": ErrorCode(
+        "unsupported",
+        "The token cannot do this, or not with these parameters.",
+        "See with hsm.tde.pkcs11_token_info what the token can do.",
+    ),
+    "pkcs11_damaged": ErrorCode(
+        "damaged",
+        "The token found encrypted data, a wrapped key or a signature invalid.",
+        "Restore what was encrypted from a backup, or use another keyslot.",
+    ),
+    "pkcs11_client_error": ErrorCode(
+        "client_error",
+        "The token found the request malformed or contradictory.",
+        "Correct what the task asks of the token, then run again.",
+    ),
     # pkcs11: tokens and PINs
     "uri_invalid": ErrorCode("client_error", "A PKCS#11 URI does not follow RFC 7512."),
     "uri_forbidden": ErrorCode("client_error", "A PKCS#11 URI carries a PIN, a PIN's source or a module: refused."),
     "token_absent": ErrorCode("absent", "No token matches, and the host does not remember that one should."),
     "token_unreachable": ErrorCode(
-        "unreachable", "The host remembers this token and the library does not list it: unmounted, unplugged or another one in its place."
+        "unreachable",
+        "The host remembers this token and the library does not list it: unmounted, unplugged or another one in its place.",
+        "Mount the token's folder, plug the device in or start its service.",
     ),
     "token_ambiguous": ErrorCode("client_error", "More than one token matches; nothing was tried on any of them."),
-    "token_slot_absent": ErrorCode("absent", "No slot with a token that may be initialised."),
+    "token_slot_absent": ErrorCode(
+        "absent",
+        "No slot with a token that may be initialised.",
+        "Free a slot or add one in the token's own configuration; hsm.tde.pkcs11_token_info lists what there is.",
+    ),
     "token_initialized": ErrorCode("client_error", "The token in the slot holds another label; it is not initialised again."),
     "token_reinitialize_unsafe": ErrorCode("unsupported", "This token is known to become unusable when it is initialised again."),
     "token_act_lost": ErrorCode(
-        "unreachable", "The process that changed the token was ended, and it is not known whether the token changed."
+        "unreachable",
+        "The process that changed the token was ended, and it is not known whether the token changed.",
+        "Run again: it looks at the token first.",
     ),
-    "token_not_ready": ErrorCode("absent", "The token is not initialised to the end: the user PIN was never set."),
-    "session_open": ErrorCode("client_error", "A defect of this collection: a second session on the token within the first."),
-    "pin_missing": ErrorCode("client_error", "The token asks for a login and no PIN was given."),
-    "pin_is_factory": ErrorCode("client_error", "The PIN is the one that every token of this kind has from the factory."),
-    "pin_length": ErrorCode("client_error", "The PIN is shorter or longer than the token allows; it was not tried."),
-    "pin_refused": ErrorCode("refused", "The token refused the PIN; the try is spent."),
-    "pin_refused_before": ErrorCode("refused", "This token refused this PIN before; it was not tried again."),
+    "token_not_ready": ErrorCode(
+        "absent",
+        "The token is not initialised to the end: the user PIN was never set.",
+        "The security officer finishes it (hsm.tde.pkcs11_token with so_pin and pin).",
+    ),
+    "session_open": ErrorCode(
+        "client_error", "A defect of this collection: a second session on the token within the first.", "Report it."
+    ),
+    "pin_missing": ErrorCode("client_error", "The token asks for a login and no PIN was given.", "Give the PIN."),
+    "pin_is_factory": ErrorCode(
+        "client_error", "The PIN is the one that every token of this kind has from the factory.", "Choose another PIN."
+    ),
+    "pin_length": ErrorCode(
+        "client_error",
+        "The PIN is shorter or longer than the token allows; it was not tried.",
+        "Give a PIN within these limits; hsm.tde.pkcs11_token_info shows them as pin_min and pin_max.",
+    ),
+    "pin_refused": ErrorCode("refused", "The token refused the PIN; the try is spent.", "Give the right PIN."),
+    "pin_refused_before": ErrorCode(
+        "refused", "This token refused this PIN before; it was not tried again.", "Give the right PIN."
+    ),
     "pin_tries_low": ErrorCode("locked", "The token says that wrong PINs were entered; no try was made."),
-    "pin_locked": ErrorCode("locked", "The PIN is locked after too many wrong tries."),
-    "pin_expired": ErrorCode("refused", "The token wants a new PIN before it lets anybody work."),
+    "pin_locked": ErrorCode(
+        "locked",
+        "The PIN is locked after too many wrong tries.",
+        "The security officer sets it anew (hsm.tde.pkcs11_token with unlock_user_pin).",
+    ),
+    "pin_expired": ErrorCode(
+        "refused", "The token wants a new PIN before it lets anybody work.", "Change it first (hsm.tde.pkcs11_pin)."
+    ),
     "refused_pins_damaged": ErrorCode("damaged", "The list of refused PINs' fingerprints cannot be read; no PIN is tried."),
     "pin_file_damaged": ErrorCode("damaged", "A file with a PIN is empty or holds more than one line."),
     # pkcs11: keys and envelopes
-    "key_absent": ErrorCode("absent", "The token lists no such key, and this host does not remember that it should."),
-    "key_unreachable": ErrorCode(
-        "unreachable", "The key must exist and the token does not list it: storage not mounted, another token, or destroyed elsewhere."
+    "key_absent": ErrorCode(
+        "absent",
+        "The token lists no such key, and this host does not remember that it should.",
+        "Correct the label or id; hsm.tde.pkcs11_key_info lists the token's keys.",
     ),
-    "key_ambiguous": ErrorCode("client_error", "More than one key matches: label and id together must name one."),
+    "key_unreachable": ErrorCode(
+        "unreachable",
+        "The key must exist and the token does not list it: storage not mounted, another token, or destroyed elsewhere.",
+        "Mount the token's folder or plug the right token in; another keyslot opens the data meanwhile.",
+    ),
+    "key_ambiguous": ErrorCode(
+        "client_error",
+        "More than one key matches: label and id together must name one.",
+        "Name the id as well, or give one of the keys another label by the token's own tools.",
+    ),
     "key_mismatch": ErrorCode("client_error", "A key with this label exists and is not what was asked for."),
     "key_foreign": ErrorCode("client_error", "A key with the KEK's label stands in the token and this host did not make it."),
     "key_in_use": ErrorCode("refused", "A keystore needs the key: destroying it would make data unreadable."),
     "key_suspended": ErrorCode("refused", "The key's usage flags forbid this use: it was suspended, or made for something else."),
-    "key_not_protected": ErrorCode("refused", "The token made the key readable or fleeting against the request; the key was destroyed again."),
-    "key_value_invalid": ErrorCode("client_error", "The key to import cannot be read, or is not of the type and size asked for."),
+    "key_not_protected": ErrorCode(
+        "refused", "The token made the key readable or fleeting against the request; the key was destroyed again."
+    ),
+    "key_value_invalid": ErrorCode(
+        "client_error",
+        "The key to import cannot be read, or is not of the type and size asked for.",
+        "Correct the value, then run again.",
+    ),
     "destroy_unconfirmed": ErrorCode("client_error", "A key would be destroyed and confirm_destroy does not name its label."),
     "kek_mismatch": ErrorCode("unreachable", "Another key stands under the KEK's label and id: its check value differs."),
-    "kek_unfit": ErrorCode("refused", "The key is no KEK: not AES, not in the token for good, or readable."),
-    "mechanism_unsupported": ErrorCode("unsupported", "The token can neither AES-GCM nor AES-CBC with padding and HMAC-SHA256 with this key."),
+    "kek_unfit": ErrorCode(
+        "refused",
+        "The key is no KEK: not AES, not in the token for good, or readable.",
+        "Let hsm.tde make the key, or name another one.",
+    ),
+    "mechanism_unsupported": ErrorCode(
+        "unsupported",
+        "The token can neither AES-GCM nor AES-CBC with padding and HMAC-SHA256 with this key.",
+        "Use another token, or let the token's policy allow AES-GCM, or AES-CBC with padding and HMAC-SHA256.",
+    ),
     "envelope_invalid": ErrorCode("damaged", "A wrapped key is not well-formed."),
-    "envelope_damaged": ErrorCode("damaged", "A wrapped key, or the context it is bound to, is not what was written; the KEK is the right one."),
-    "envelope_newer": ErrorCode("unsupported", "A wrapped key was written by a newer version of this collection."),
+    "envelope_damaged": ErrorCode(
+        "damaged", "A wrapped key, or the context it is bound to, is not what was written; the KEK is the right one."
+    ),
+    "envelope_newer": ErrorCode(
+        "unsupported",
+        "A wrapped key was written by a newer version of this collection.",
+        "Use the version of hsm.tde that wrote it, or a newer one.",
+    ),
     # command
     "file_foreign": ErrorCode("refused", "A file that this collection did not write stands where one of its own would be."),
-    "pin_source_missing": ErrorCode("absent", "Nobody gave the PIN: the host keeps none for the cluster, and there is no terminal to ask at."),
-    "terminal_refused": ErrorCode("client_error", "A secret is piped or written to a file, never shown on or typed into a terminal by default."),
+    "pin_source_missing": ErrorCode(
+        "absent", "Nobody gave the PIN: the host keeps none for the cluster, and there is no terminal to ask at."
+    ),
+    "terminal_refused": ErrorCode(
+        "client_error",
+        "A secret is piped or written to a file, never shown on or typed into a terminal by default.",
+        "Use a pipe or a file.",
+    ),
     "cluster_unknown": ErrorCode("absent", "This host has no record of a cluster of that name."),
     # keystore: the files of wrapped keys
-    "data_key_absent": ErrorCode("absent", "The store has no such data key, and the journal does not know of one."),
-    "key_exists": ErrorCode("client_error", "A data key or wrapped secret of this name exists; it is never made anew over it."),
+    "data_key_absent": ErrorCode(
+        "absent",
+        "The store has no such data key, and the journal does not know of one.",
+        "Correct the name; hsm.tde.tde_info lists the data keys.",
+    ),
+    "key_exists": ErrorCode(
+        "client_error",
+        "A data key or wrapped secret of this name exists; it is never made anew over it.",
+        "Use the one that is there, or take another name.",
+    ),
     "keystore_unreachable": ErrorCode(
-        "unreachable", "The journal or the registry names keys whose wrapped-key files do not show: a store that is not mounted, or files lost."
+        "unreachable",
+        "The journal or the registry names keys whose wrapped-key files do not show: a store that is not mounted, or files lost.",
+        "Mount the file system that it is on, or restore the state directory from a backup.",
     ),
     "keystore_truncated": ErrorCode("damaged", "The end of a wrapped-key file is missing."),
-    "keystore_damaged": ErrorCode("damaged", "A wrapped-key file is not what was written: its checksum, its form or a field is wrong."),
+    "keystore_damaged": ErrorCode(
+        "damaged", "A wrapped-key file is not what was written: its checksum, its form or a field is wrong."
+    ),
     "keystore_newer": ErrorCode("unsupported", "A wrapped-key file has a newer version than this collection knows."),
     "keystore_foreign": ErrorCode("damaged", "A wrapped-key file belongs to another cluster, key or secret than its place says."),
     "keystore_forbidden": ErrorCode(
-        "damaged", "A wrapped-key file names a library, a PIN or a PIN's source; who can write it must not choose the code that root loads."
+        "damaged",
+        "A wrapped-key file names a library, a PIN or a PIN's source; who can write it must not choose the code that root loads.",
     ),
-    "keystore_edited": ErrorCode("damaged", "A wrapped-key file was changed by somebody who does not hold the data key: its HMAC is wrong."),
+    "keystore_edited": ErrorCode(
+        "damaged", "A wrapped-key file was changed by somebody who does not hold the data key: its HMAC is wrong."
+    ),
     "keystore_rolled_back": ErrorCode("damaged", "A wrapped-key file is an older generation than the journal recorded."),
     "keystore_unrecorded": ErrorCode(
         "damaged", "A wrapped-key file is genuine, but not the one that this host wrote last: it came from elsewhere."
     ),
-    "keystore_too_large": ErrorCode("client_error", "More keyslots, or a longer secret, than a wrapped-key file may hold."),
-    "keyslot_absent": ErrorCode("absent", "The wrapped-key file has no keyslot of this name or kind."),
+    "keystore_too_large": ErrorCode(
+        "client_error",
+        "More keyslots, or a longer secret, than a wrapped-key file may hold.",
+        "Remove keyslots that nobody needs, or wrap a shorter secret.",
+    ),
+    "keyslot_absent": ErrorCode(
+        "absent",
+        "The wrapped-key file has no keyslot of this name or kind.",
+        "Correct its name; hsm.tde.tde_info lists the keyslots.",
+    ),
     "keyslot_foreign": ErrorCode("damaged", "A keyslot was made for another file or holds another key: copied in, or changed."),
     "keyslot_last": ErrorCode("client_error", "No other proved keyslot would be left; the data key could never be opened again."),
     "keyslot_unproved": ErrorCode("client_error", "The keyslot that is to take over was not proved yet."),
-    "keyslot_unsound": ErrorCode("damaged", "A keyslot that was just written does not give the data key back."),
-    "kdf_parameters_refused": ErrorCode("damaged", "A keyslot's key derivation asks for parameters outside the bounds; it was not run."),
-    "kdf_unsupported": ErrorCode("unsupported", "This host cannot run the keyslot's key derivation (FIPS mode forbids scrypt, or too little memory)."),
+    "keyslot_unsound": ErrorCode(
+        "damaged",
+        "A keyslot that was just written does not give the data key back.",
+        "Run again; if it comes back, look for faults of the token, the memory or the disk.",
+    ),
+    "kdf_parameters_refused": ErrorCode(
+        "damaged", "A keyslot's key derivation asks for parameters outside the bounds; it was not run."
+    ),
+    "kdf_unsupported": ErrorCode(
+        "unsupported",
+        "This host cannot run the keyslot's key derivation (FIPS mode forbids scrypt, or too little memory).",
+        "Use another keyslot, or a host that can.",
+    ),
     "passphrase_refused": ErrorCode("refused", "The passphrase does not open the keyslot."),
     "passphrase_length": ErrorCode("client_error", "The passphrase is shorter or longer than a new keyslot may have."),
-    "credential_missing": ErrorCode("client_error", "None of the credentials given fits a keyslot of the file."),
+    "credential_missing": ErrorCode(
+        "client_error",
+        "None of the credentials given fits a keyslot of the file.",
+        "Give the PIN or the passphrase of one of its keyslots.",
+    ),
     # storage: encryption, images and mounts below the database
-    "mount_table_unreadable": ErrorCode("unreachable", "The kernel does not tell what is mounted, or in a form that is not understood."),
-    "fscrypt_unsupported": ErrorCode("unsupported", "The file system or the kernel cannot encrypt directories (fscrypt), or the feature is off."),
+    "mount_table_unreadable": ErrorCode(
+        "unreachable",
+        "The kernel does not tell what is mounted, or in a form that is not understood.",
+        "See that /proc is mounted and whole, then run again.",
+    ),
+    "fscrypt_unsupported": ErrorCode(
+        "unsupported", "The file system or the kernel cannot encrypt directories (fscrypt), or the feature is off."
+    ),
     "fscrypt_key_absent": ErrorCode("absent", "The kernel does not hold the key of an encrypted directory; open the keystore."),
-    "fscrypt_key_invalid": ErrorCode("client_error", "A key for the kernel has the wrong length or another identifier than expected."),
-    "fscrypt_policy_other": ErrorCode("client_error", "The directory is encrypted under another key or in another way; a policy cannot be changed."),
+    "fscrypt_key_invalid": ErrorCode(
+        "client_error",
+        "A key for the kernel has the wrong length or another identifier than expected.",
+        "Report it: the kernel and the store do not agree about a key.",
+    ),
+    "fscrypt_policy_other": ErrorCode(
+        "client_error", "The directory is encrypted under another key or in another way; a policy cannot be changed."
+    ),
     "place_not_empty": ErrorCode("client_error", "A directory that is to be encrypted has entries in the clear."),
-    "place_not_directory": ErrorCode("client_error", "A place is a symbolic link or not a directory."),
+    "place_not_directory": ErrorCode(
+        "client_error", "A place is a symbolic link or not a directory.", "Remove it, or choose another location."
+    ),
     "image_absent": ErrorCode("unreachable", "The host remembers this image and it is not there; no other is made in its place."),
-    "image_foreign": ErrorCode("refused", "The image file holds something that this collection did not make; it is never formatted."),
-    "image_not_private": ErrorCode("refused", "The image has the wrong type, owner, mode or link count, or is attached in part only."),
+    "image_foreign": ErrorCode(
+        "refused",
+        "The image file holds something that this collection did not make; it is never formatted.",
+        "Choose another path for the image.",
+    ),
+    "image_not_private": ErrorCode(
+        "refused", "The image has the wrong type, owner, mode or link count, or is attached in part only."
+    ),
     "image_shrink": ErrorCode("client_error", "The image is larger than wished; it is never shrunk."),
     "resize_refused": ErrorCode("refused", "The kernel does not let this process grow a mounted file system."),
-    "mount_point_absent": ErrorCode("unreachable", "The host remembers this directory and it is not there; no other is made in its place."),
+    "mount_point_absent": ErrorCode(
+        "unreachable", "The host remembers this directory and it is not there; no other is made in its place."
+    ),
     "mount_point_unsafe": ErrorCode("refused", "Others than root could write to the folder above the encrypted places."),
     "mount_point_not_empty": ErrorCode("client_error", "Nothing is mounted there and it has entries, which a mount would hide."),
     "mount_point_taken": ErrorCode("client_error", "Another file system is mounted there."),
     "mounted_elsewhere": ErrorCode("client_error", "The image is mounted at another place."),
-    "mounted_read_only": ErrorCode("unreachable", "The file system is mounted read-only, which the kernel also does after errors."),
-    "device_unreadable": ErrorCode("unreachable", "The block device below a file cannot be read, so nothing can be proved on it."),
-    "loop_unavailable": ErrorCode("unsupported", "No loop device can be had or asked; containers need them handed in."),
+    "mounted_read_only": ErrorCode(
+        "unreachable", "The file system is mounted read-only, which the kernel also does after errors."
+    ),
+    "device_unreadable": ErrorCode(
+        "unreachable",
+        "The block device below a file cannot be read, so nothing can be proved on it.",
+        "Run it as root on the host itself: a container mostly may not read the block device.",
+    ),
+    "loop_unavailable": ErrorCode(
+        "unsupported",
+        "No loop device can be had or asked; containers need them handed in.",
+        "Hand /dev/loop-control and loop devices into the container, or use storage: directory.",
+    ),
     # engines: a cluster's record, its places and its server
     "record_damaged": ErrorCode("damaged", "The record of a cluster cannot be read, or belongs to another cluster."),
-    "engine_unsupported": ErrorCode("unsupported", "This database engine cannot do what was asked for."),
-    "os_user_absent": ErrorCode("absent", "The operating system's user of the database does not exist on the host."),
+    "engine_unsupported": ErrorCode(
+        "unsupported", "This database engine cannot do what was asked for.", "Leave it out, or use an engine that can."
+    ),
+    "os_user_absent": ErrorCode(
+        "absent",
+        "The operating system's user of the database does not exist on the host.",
+        "Install the database first, or correct os_user.",
+    ),
     "recovery_keyslot_missing": ErrorCode(
-        "client_error", "A second keyslot is demanded before the first data key; going without is an explicit choice (no_recovery)."
+        "client_error",
+        "A second keyslot is demanded before the first data key; going without is an explicit choice (no_recovery).",
     ),
     "keyslot_on_other_token": ErrorCode("client_error", "The keyslot lies in another token than the one that the task names."),
     "rotation_unsupported": ErrorCode("unsupported", "The keyslot has no master key in a token that could be rotated."),
-    "tag_superseded": ErrorCode("client_error", "The tag names a master key that was replaced by a newer one; it is not taken back."),
+    "tag_superseded": ErrorCode(
+        "client_error", "The tag names a master key that was replaced by a newer one; it is not taken back."
+    ),
     "place_unreachable": ErrorCode(
-        "unreachable", "The host remembers an encrypted place that does not show: a file system that is not mounted, or another in its stead."
+        "unreachable",
+        "The host remembers an encrypted place that does not show: a file system that is not mounted, or another in its stead.",
     ),
     "place_parent_unsafe": ErrorCode(
-        "refused", "Somebody other than root could replace the place: its parent folder is not root's own, or others can write to it."
+        "refused",
+        "Somebody other than root could replace the place: its parent folder is not root's own, or others can write to it.",
     ),
     "place_inside_data_directory": ErrorCode("client_error", "A tablespace inside the data directory, or around it, is refused."),
-    "place_foreign": ErrorCode("damaged", "The place is encrypted, but with another key than the one that the store holds for it."),
-    "place_plain": ErrorCode("client_error", "The place is in use and not encrypted; what is there is encrypted by moving it to a new place."),
+    "place_foreign": ErrorCode(
+        "damaged",
+        "The place is encrypted, but with another key than the one that the store holds for it.",
+        "Restore the store that its key belongs to, or choose another location.",
+    ),
+    "place_plain": ErrorCode(
+        "client_error", "The place is in use and not encrypted; what is there is encrypted by moving it to a new place."
+    ),
     "place_closed": ErrorCode("locked", "The kernel does not hold the place's key: the keystore is closed."),
     "place_in_use": ErrorCode("locked", "Processes have files of the place open; the kernel keeps the key until they are gone."),
     "server_running": ErrorCode("locked", "The server runs; closing its keystore under it leads to a crash."),
-    "server_down": ErrorCode("unreachable", "The database server does not answer."),
-    "server_starting": ErrorCode("unreachable", "The database server is starting, stopping or recovering."),
+    "server_down": ErrorCode("unreachable", "The database server does not answer.", "Start the server, then run again."),
+    "server_starting": ErrorCode(
+        "unreachable",
+        "The database server is starting, stopping or recovering.",
+        "Wait until it takes connections, then run again.",
+    ),
     "server_refused": ErrorCode("refused", "The database server refused the connection."),
-    "server_failed": ErrorCode("client_error", "The database server answered a statement with an error."),
+    "server_failed": ErrorCode(
+        "client_error", "The database server answered a statement with an error.", "Correct what the server says, then run again."
+    ),
     "server_privilege_missing": ErrorCode("refused", "The database role may not do this; a superuser is needed."),
     "server_is_standby": ErrorCode("client_error", "The server is a standby; tablespaces are created and filled on the primary."),
     "server_not_local": ErrorCode("client_error", "The server's files do not lie on this host."),
     "lock_timeout": ErrorCode("locked", "A lock in the database was not had in time."),
     "move_blocked": ErrorCode("locked", "A relation stayed locked by others through all tries; what was moved stays moved."),
-    "unfinished": ErrorCode("unreachable", "After several rounds something is still, or again, not as wished; what was done stays done."),
+    "unfinished": ErrorCode(
+        "unreachable", "After several rounds something is still, or again, not as wished; what was done stays done."
+    ),
     "tablespace_elsewhere": ErrorCode("client_error", "A tablespace of this name exists at another location."),
-    "tablespace_name_reserved": ErrorCode("client_error", "The name is not possible for a tablespace of users."),
-    "tablespace_absent": ErrorCode("absent", "There is no such tablespace."),
-    "relation_absent": ErrorCode("absent", "A table that is to move does not exist."),
-    "schema_absent": ErrorCode("absent", "A schema that is to move does not exist."),
-    "database_absent": ErrorCode("absent", "A database that is to move does not exist or takes no connections."),
+    "tablespace_name_reserved": ErrorCode(
+        "client_error", "The name is not possible for a tablespace of users.", "Take another name."
+    ),
+    "tablespace_absent": ErrorCode(
+        "absent", "There is no such tablespace.", "Correct its name; hsm.tde.tde_info lists the tablespaces."
+    ),
+    "relation_absent": ErrorCode(
+        "absent", "A table that is to move does not exist.", "Correct its name (SCHEMA.TABLE) and the database."
+    ),
+    "schema_absent": ErrorCode("absent", "A schema that is to move does not exist.", "Correct its name and the database."),
+    "database_absent": ErrorCode(
+        "absent", "A database that is to move does not exist or takes no connections.", "Correct its name."
+    ),
     "cluster_exists": ErrorCode("client_error", "A packaged cluster of this name exists with another data directory."),
 }
+
+
+#: Of an error that was raised before anything was done.
+NOTHING_CHANGED = "Nothing was changed."
 
 
 class TdeError(Exception):
@@ -222,7 +463,7 @@ class TdeError(Exception):
     :param message: what happened, in one sentence, never with a secret.
     :param obj: the object concerned (``token demo``, ``keyslot recovery of key cluster`` …).
     :param kept: what was left as it was.
-    :param next_step: what the reader can do now.
+    :param next_step: what the reader can do now; the code's own advice, if it is not given.
     :param details: public facts for programs; becomes part of the result.
     """
 
@@ -232,7 +473,7 @@ class TdeError(Exception):
         message: str,
         *,
         obj: str = "",
-        kept: str = "Nothing was changed.",
+        kept: str = NOTHING_CHANGED,
         next_step: str = "",
         details: dict[str, t.Any] | None = None,
     ) -> None:
@@ -242,9 +483,23 @@ class TdeError(Exception):
         self.message = message
         self.obj = obj
         self.kept = kept
-        self.next_step = next_step
+        self.next_step = next_step or entry.advice
         self.details = details or {}
+        self._done: tuple[str, ...] = ()
+        self._kept = ""
         super().__init__(str(self))
+
+    def after(self, done: t.Sequence[str]) -> None:
+        """Say in :attr:`kept` that steps were done before it; "nothing was changed" is true of the failed step only.
+
+        :param done: their actions, in order.
+        """
+        if not done:
+            return
+        if not self._done:
+            self._kept = "" if self.kept == NOTHING_CHANGED else f" {self.kept}"
+        self._done = (*done, *self._done)
+        self.kept = f"What was done before it stays done: {', '.join(dict.fromkeys(self._done))}.{self._kept}"
 
     def __str__(self) -> str:
         head = f"{self.obj}: {self.message}" if self.obj else self.message

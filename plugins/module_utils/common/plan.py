@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import typing as t
 
+from .errors import TdeError
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -38,12 +40,19 @@ def run(plan: Plan, handlers: Handlers, done: t.Callable[[Step], None] | None = 
 
     :param handlers: one callable an action; looked up for the whole plan before the first act.
     :param done: called after each step (progress, journal).
+    :raises TdeError: what a step raised, saying which steps were done before it.
     """
     acts = [(step, handlers[step.action]) for step in plan]
-    for step, act in acts:
-        act(step)
-        if done:
-            done(step)
+    finished: list[str] = []
+    try:
+        for step, act in acts:
+            act(step)
+            finished.append(step.action)
+            if done:
+                done(step)
+    except TdeError as error:
+        error.after(finished)
+        raise
 
 
 def public(plan: Plan) -> list[dict[str, t.Any]]:

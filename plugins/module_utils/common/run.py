@@ -50,5 +50,10 @@ def run_program(
         raise TdeError("timeout", f"did not end within {timeout:g} seconds", obj=argv[0], kept="It was ended.") from None
     if done.returncode not in ok:
         said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()[-500:]
-        raise TdeError("command_failed", f"exit code {done.returncode}: {said}", obj=" ".join(argv[:3]), kept="")
+        raise TdeError(
+            "command_failed",
+            f"exit code {done.returncode}: {said}",
+            obj=" ".join(argv[:3]),
+            kept="What it had done by then stays.",
+        )
     return done

@@ -51,7 +51,12 @@ def apart(library: Library, act: t.Callable[[], None], obj: str) -> None:
     with translated(obj, kept="The act on the token has ended; run again."):
         library.restart()
     if not raw:
-        raise TdeError("token_act_lost", "the process that changed the token was ended", obj=obj, kept="", next_step="Run again.")
+        raise TdeError(
+            "token_act_lost",
+            "the process that changed the token was ended",
+            obj=obj,
+            kept="It is not known whether the token changed.",
+        )
     answer = json.loads(raw)
     if answer:
         raise TdeError(answer.pop("code"), answer.pop("message"), **answer)

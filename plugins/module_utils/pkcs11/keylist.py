@@ -103,8 +103,14 @@ def _apply(
             keys = [facts for wish, there, plan in pairs for facts in [_foreseen(wish, there, plan)] if facts]
             return Outcome(whole, keys, before, {_name(facts): facts for facts in keys}, warnings)
         runner = _Runner(session, registry, journal)
+        finished: list[str] = []
         for wish, plan in zip(wishes, plans, strict=True):
-            runner.run(wish, plan)
+            try:
+                runner.run(wish, plan)
+            except TdeError as error:
+                error.after(finished)
+                raise
+            finished += [step.action for step in plan]
         now = [find(session, wish.spec.label, id=wish.spec.id) for wish in wishes]
         present = [main_keys(listed, wish.spec)[0] for wish, listed in zip(wishes, now, strict=True) if wish.state == "present"]
         for info in present:

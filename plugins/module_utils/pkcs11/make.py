@@ -106,7 +106,12 @@ def change(session: Session, label: str, id_: bytes, changes: t.Mapping[str, boo
         now = reread(session, info).flags
         kept = [name for name, value in changes.items() if name in USAGE_OF[info.cls] and now.get(name) is not value]
         if kept:
-            raise TdeError("pkcs11_refused", f"the token kept {', '.join(kept)} as it was", obj=str(info.ref), kept="")
+            raise TdeError(
+                "pkcs11_refused",
+                f"the token kept {', '.join(kept)} as it was",
+                obj=str(info.ref),
+                kept="The other attributes have their new value.",
+            )
 
 
 def destroy(session: Session, label: str, id_: bytes) -> None:

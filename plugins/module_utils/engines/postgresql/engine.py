@@ -122,8 +122,12 @@ class Postgresql(Engine):
         for _round in range(_ROUNDS):
             if not left:
                 return Outcome(done, before, after)
-            done += run(left)
-            left, after = decide()
+            try:
+                done += run(left)
+                left, after = decide()
+            except TdeError as error:
+                error.after([step.action for step in done])
+                raise
         if left:
             raise TdeError(
                 "unfinished",
