@@ -30,7 +30,7 @@ from ansible_collections.hsm.tde.tests.unit.keystore.support import slot
 OLD, NEW, RECOVERY = slot("primary", "the old passphrase"), slot("primary", "the new passphrase"), slot("recovery")
 EVERY = [NEW, OLD, RECOVERY]
 #: Tries with a kill at two random moments, one after the other; the slow test has more.
-TWICE, TWICE_SLOW = 100, 2000
+TWICE, TWICE_SLOW = 50, 2000
 
 
 @pytest.fixture
