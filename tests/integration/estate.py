@@ -24,7 +24,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeEr
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
-from ansible_collections.hsm.tde.tests.integration import postgres, support
+from ansible_collections.hsm.tde.tests.integration import postgres, refusals, support
 
 PASSPHRASE = "correct horse battery"
 RECOVERY = {"name": "recovery", "protection": "passphrase", "passphrase": PASSPHRASE}
@@ -76,11 +76,10 @@ class Estate:
         return result
 
     def refused(self, module: str, code: str, *, check: bool = False, **more: t.Any) -> dict[str, t.Any]:
-        """Run a module, which must fail with an error code and leave everything as it was."""
+        """Run a module, which must fail with an error code and a message that helps, and leave everything as it was."""
         before = self.fingerprint()
         result = answer(module, self.arguments(**more), check)
-        assert result.get("failed"), result
-        assert result["error_code"] == code, result["msg"]
+        refusals.clear(result, code, secrets=[PASSPHRASE, self.hsm.pin])
         assert self.fingerprint() == before
         return result
 
