@@ -1,5 +1,3 @@
-# -*- coding: utf-8 -*-
-
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -134,7 +132,7 @@ options:
           passphrase: A key derived from a passphrase.
         default: token
       passphrase:
-        description: The passphrase, in quotes, at least 12 characters. Without it O(passphrase).
+        description: The passphrase, in quotes, at least 12 characters. Without it, the passphrase that the task itself gives.
         type: str
       token_label:
         description: Label of the token.
@@ -149,6 +147,6 @@ options:
         description: The token's user PIN, in quotes.
         type: str
       library:
-        description: Path of the token's PKCS#11 library. All tokens of one task share O(library_environment).
+        description: Path of the token's PKCS#11 library. All tokens of one task share the environment of its library.
         type: path
 """

@@ -1,5 +1,3 @@
-# -*- coding: utf-8 -*-
-
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -55,6 +53,4 @@ requirements:
   - python-pkcs11 0.10 or newer on the target; the role P(hsm.tde.prerequisites#role) installs it
 notes:
   - Run with pipelining, otherwise Ansible leaves the arguments, PINs among them, in a file of the remote temporary folder for a moment.
-extends_documentation_fragment:
-  - hsm.tde.state
 """

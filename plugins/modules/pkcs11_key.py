@@ -129,6 +129,7 @@ options:
         default: false
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.state
 attributes:
   check_mode:
     description: Logs in, returns the plan and changes nothing. Where the token does not exist yet, says what would be done in a new one.

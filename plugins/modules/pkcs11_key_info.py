@@ -69,6 +69,7 @@ options:
     default: false
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.state
 attributes:
   check_mode:
     description: Changes nothing, in check mode or otherwise.

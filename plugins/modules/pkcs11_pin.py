@@ -40,6 +40,7 @@ options:
     type: path
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.state
 attributes:
   check_mode:
     description: Returns the plan and changes nothing. It logs in to learn which PIN the token has, which may spend a try.

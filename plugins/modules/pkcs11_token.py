@@ -55,6 +55,7 @@ options:
         that exists is looked for by its label first, since initialising may move it to another slot.
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.state
 attributes:
   check_mode:
     description: Returns the plan and changes nothing. It verifies O(pin), which spends a try if it is wrong.

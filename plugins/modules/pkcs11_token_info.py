@@ -17,6 +17,7 @@ author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.state
 attributes:
   check_mode:
     description: Changes nothing in either mode.

@@ -19,6 +19,8 @@ author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.database
+  - hsm.tde.pkcs11
+  - hsm.tde.state
 attributes:
   check_mode:
     description: Changes nothing in any mode.

@@ -19,6 +19,8 @@ author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.database
+  - hsm.tde.pkcs11
+  - hsm.tde.state
 options:
   state:
     description: The wished state.
@@ -134,7 +136,7 @@ SPEC: dict[str, t.Any] = {
     "state": {"type": "str", "choices": ["present", "rotated"], "default": "present"},
     "tag": {"type": "str"},
     "max_age": {"type": "int"},
-    "keyslot": {"type": "str", "default": "primary"},
+    "keyslot": {"type": "str", "default": "primary", "no_log": False},
 }
 
 

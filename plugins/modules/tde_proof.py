@@ -23,6 +23,8 @@ author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.database
+  - hsm.tde.pkcs11
+  - hsm.tde.state
 options:
   tablespaces:
     description:

@@ -20,6 +20,7 @@ author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.state
   - hsm.tde.database.keyslots
 options:
   path:
@@ -47,7 +48,8 @@ options:
       - Needed for a new file, for another secret, and for O(state=rewrapped). They are also tried to open the file.
   credentials:
     description:
-      - What opens the file now, where it is not one of O(keyslots), for example the old passphrase. They are tried first, in order, each under a name of its own.
+      - What opens the file now, where it is not one of O(keyslots), for example the old passphrase.
+      - They are tried first, in order, each under a name of its own.
       - A token that is not named is the task's own.
     type: list
     elements: dict

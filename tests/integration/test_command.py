@@ -187,7 +187,7 @@ def test_a_token_that_is_not_there_is_unreachable_and_the_recovery_passphrase_op
 def test_a_refused_pin_is_not_tried_again_and_says_so(host: Host) -> None:
     host.unmount()
     host.pin_file.write_text("wrong-1234\n")
-    codes = [host.run("open", "--wait", "20", "main") for _ in range(2)]
+    codes = [host.run("open", "--wait", "20", "main") for dummy in range(2)]
     assert [one.returncode for one in codes] == [4, 4]
     assert "(pin_refused)" in codes[0].stderr
     assert "(pin_refused_before)" in codes[1].stderr

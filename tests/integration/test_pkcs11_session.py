@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import typing as t
+from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
@@ -76,6 +77,14 @@ def test_a_wrong_pin_is_tried_once_ever(token: Installation, state: StateDirecto
     assert "user_pin_final_try" not in flags(token), "only one try was spent"
     assert use(token, state, allow_low_pin_count=True) == "demo"
     assert use(token, state) == "demo"
+
+
+def test_a_refusal_that_cannot_be_remembered_is_a_refusal_all_the_same(softhsm: SoftHsm, state: StateDirectory) -> None:
+    state.create()
+    Path(state.path, "refused.json.lock").mkdir()
+    error = failure(lambda: use(softhsm, state, "wrong-1"))
+    assert error.code == "pin_refused"
+    assert "could not be remembered" in error.kept
 
 
 def test_the_security_officers_pin_has_its_own_memory(token: Installation, state: StateDirectory) -> None:

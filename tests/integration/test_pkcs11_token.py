@@ -182,6 +182,15 @@ def test_a_slot_that_holds_another_token(softhsm: SoftHsm, opencryptoki: OpenCry
     assert labels(softhsm) == labels(opencryptoki) == ["demo"]
 
 
+def test_a_wrong_serial_number_makes_no_second_token(softhsm: SoftHsm, state: StateDirectory) -> None:
+    def act() -> None:
+        wish = TokenWish(softhsm.library_access(), TokenSelector(label="demo", serial="123"), Secret(softhsm.so_pin))
+        ensure(wish, state)
+
+    assert failure(lambda: softhsm.run(act)) == "token_initialized"
+    assert labels(softhsm) == ["demo"]
+
+
 def test_a_named_slot_is_where_a_new_token_goes_and_the_token_is_found_again(
     empty_softhsm: SoftHsm, state: StateDirectory
 ) -> None:

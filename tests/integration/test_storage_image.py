@@ -365,7 +365,7 @@ def test_killed_at_any_moment(storage: Storage) -> None:
     """SIGKILL while it is made: the second run ends with the wish and nothing is left over."""
     rng = random.Random(7)
     seen = set()
-    for _ in range(12):
+    for dummy in range(12):
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):

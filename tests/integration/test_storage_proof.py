@@ -26,7 +26,7 @@ PAGE = 4096
 
 def rows(pages: int = 20) -> bytes:
     """Pages as a table has them: text by chance with a marker, the rest of the page zeros."""
-    return b"".join((MARKER + secrets.token_hex(500).encode()).ljust(PAGE, b"\0") for _ in range(pages))
+    return b"".join((MARKER + secrets.token_hex(500).encode()).ljust(PAGE, b"\0") for dummy in range(pages))
 
 
 @dataclasses.dataclass

@@ -34,7 +34,7 @@ def ansible(arguments: t.Mapping[str, t.Any], *flags: str) -> dict[str, t.Any]:
         timeout=60,
         check=False,
     )
-    head, _, body = done.stdout.partition("=>")
+    head, dummy, body = done.stdout.partition("=>")
     assert body, done.stdout + done.stderr
     return {"head": head, **json.loads(body)}
 

@@ -44,7 +44,7 @@ def test_there_are_modules():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_secret_option_is_no_log(name, monkeypatch):
-    spec, _ = spec_of(name, monkeypatch)
+    spec, dummy = spec_of(name, monkeypatch)
     texts = [row for row in walk(spec) if row[2].get("type", "str") != "bool"]
     open_secrets = [path for path, last, definition in texts if SECRET.search(last) and definition.get("no_log") is not True]
     assert open_secrets == []
@@ -53,29 +53,29 @@ def test_every_secret_option_is_no_log(name, monkeypatch):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_secret_is_text(name, monkeypatch):
     """Any other type would be converted before the bridge sees what YAML made of it."""
-    spec, _ = spec_of(name, monkeypatch)
-    others = [path for path, _, definition in walk(spec) if definition.get("no_log") and definition.get("type", "str") != "str"]
+    spec, dummy = spec_of(name, monkeypatch)
+    others = [path for path, dummy, definition in walk(spec) if definition.get("no_log") and definition.get("type", "str") != "str"]
     assert others == []
 
 
 @pytest.mark.parametrize(("group", "options"), [("pkcs11", pkcs11_options()), ("database", database_options())])
 def test_a_group_s_modules_accept_all_its_options(group, options, monkeypatch):
     for name in GROUPS[group]:
-        spec, _ = spec_of(name, monkeypatch)
+        spec, dummy = spec_of(name, monkeypatch)
         missing = sorted(option for option in options if option not in spec)
         assert missing == [], name
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_that_takes_a_group_s_options_is_in_the_group(name, monkeypatch):
-    spec, _ = spec_of(name, monkeypatch)
+    spec, dummy = spec_of(name, monkeypatch)
     assert (name in GROUPS["pkcs11"]) == (set(pkcs11_options()) <= set(spec))
     assert (name in GROUPS["database"]) == ("engine" in spec)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_use_the_full_name_and_no_secret_in_the_clear(name, monkeypatch):
-    _, module = spec_of(name, monkeypatch)
+    dummy, module = spec_of(name, monkeypatch)
     tasks = yaml.safe_load(module.EXAMPLES)
     assert tasks
     text = module.EXAMPLES

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import traceback
 import typing as t
 
@@ -143,4 +142,4 @@ def main(argv: t.Sequence[str] | None = None, state_directory: str = DEFAULT_PAT
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -26,22 +26,22 @@ class Output:
         if self.as_json:
             self._warnings.append(text)
         else:
-            print(f"hsm-tde: warning: {text}", file=sys.stderr)
+            sys.stderr.write(f"hsm-tde: warning: {text}\n")
 
     def result(self, facts: t.Mapping[str, t.Any], lines: t.Iterable[str]) -> None:
         """The result, as facts for programs and as lines for people. Once a run."""
         if self.as_json:
-            print(json.dumps({**facts, "warnings": self._warnings}, indent=1, sort_keys=True))
+            sys.stdout.write(json.dumps({**facts, "warnings": self._warnings}, indent=1, sort_keys=True) + "\n")
         else:
             for line in lines:
-                print(line)
+                sys.stdout.write(f"{line}\n")
 
     def error(self, error: TdeError) -> None:
         """A failure that ends the run."""
         if self.as_json:
             self.result({"failed": True, **public(error)}, ())
         else:
-            print(f"hsm-tde: {error} ({error.code})", file=sys.stderr)
+            sys.stderr.write(f"hsm-tde: {error} ({error.code})\n")
 
 
 def public(error: TdeError) -> dict[str, t.Any]:

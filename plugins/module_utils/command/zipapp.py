@@ -54,7 +54,7 @@ def is_command(data: bytes) -> bool:
 def _files(entry: str) -> t.Iterator[tuple[str, bytes]]:
     """The Python files below one entry of a package's path, which is a folder or a folder inside a zip file."""
     if os.path.isdir(entry):
-        for folder, _, names in os.walk(entry):
+        for folder, dummy, names in os.walk(entry):
             for name in names:
                 path = os.path.join(folder, name)
                 if name.endswith(".py"):

@@ -170,7 +170,7 @@ def _require(libraries: t.Iterable[str]) -> TdeError | None:
     if sys.version_info < (3, 10):
         return TdeError(
             "python_too_old",
-            "Python %d.%d runs the modules here; 3.10 is the least" % sys.version_info[:2],
+            f"Python {sys.version_info[0]}.{sys.version_info[1]} runs the modules here; 3.10 is the least",
             obj=sys.executable,
             next_step="Run the role hsm.tde.prerequisites, or set ansible_python_interpreter.",
         )

@@ -19,9 +19,9 @@ def pkcs11_options() -> dict[str, t.Any]:
     return {
         "library": {"type": "path"},
         "library_environment": {"type": "dict", "default": {}},
-        "token_uri": {"type": "str"},
-        "token_label": {"type": "str"},
-        "token_serial": {"type": "str"},
+        "token_uri": {"type": "str", "no_log": False},
+        "token_label": {"type": "str", "no_log": False},
+        "token_serial": {"type": "str", "no_log": False},
         "slot_id": {"type": "int"},
         "pin": {"type": "str", "no_log": True},
         "allow_low_pin_count": {"type": "bool", "default": False},

@@ -31,6 +31,7 @@ import dataclasses
 import re
 import typing as t
 
+from ..common.check import is_int
 from ..common.errors import TdeError
 from .attributes import KCV_BYTES
 
@@ -108,9 +109,9 @@ def parse(content: t.Any) -> Blob:
     if not isinstance(content, dict):
         raise invalid("it is not an object")
     version = content.get("version")
-    if type(version) is int and version > VERSION:
+    if is_int(version) and version > VERSION:
         raise TdeError("envelope_newer", f"has version {version}; {VERSION} is known here", obj="wrapped key")
-    if type(version) is not int or version != VERSION:
+    if not is_int(version) or version != VERSION:
         raise invalid("field version")
     mechanism = content.get("mechanism")
     if mechanism not in (GCM, CBC_HMAC):

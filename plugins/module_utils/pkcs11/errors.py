@@ -145,7 +145,7 @@ def ckr_of(exc: BaseException) -> str | None:
     if not isinstance(exc, PKCS11Error):
         return None
     number = re.search(r"0x([0-9a-fA-F]+)", str(exc))
-    if type(exc) is PKCS11Error and number:
+    if exc.__class__ is PKCS11Error and number:
         return ckr_name(int(number[1], 16))
     return _BY_CLASS.get(_key(type(exc).__name__), type(exc).__name__)
 

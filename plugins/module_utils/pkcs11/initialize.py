@@ -140,6 +140,14 @@ def _free_slot(library: Library, wish: TokenWish, label: str | None) -> TokenInf
             obj="option token_label",
         )
     listed = tokens(library)
+    for info in listed:
+        if info.initialized and info.label == label:
+            raise TdeError(
+                "token_initialized",
+                f"a token of this label is in slot {info.slot_id}, and it is not the one named (serial {info.serial or 'none'})",
+                obj=str(selector),
+                next_step="Correct token_serial or token_uri, or choose another label.",
+            )
     if selector.slot_id is not None:
         listed = [info for info in listed if info.slot_id == selector.slot_id]
         if listed and listed[0].initialized:
@@ -387,8 +395,7 @@ class _Runner:
                 self._library.init_token(info.slot_id, pin, label)
             except CkError as exc:
                 if exc.rv == _PIN_INCORRECT:
-                    self._refused.remember(info.label, info.serial, "so", pin)
-                    raise refused(self._library, info, "so", ckr_name(exc.rv)) from None
+                    raise refused(self._library, info, self._state, "so", pin, ckr_name(exc.rv)) from None
                 raise error_from_ckr(ckr_name(exc.rv), str(info)) from None
 
         apart(self._library, act, str(info))

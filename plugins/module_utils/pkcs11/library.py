@@ -23,8 +23,9 @@ from . import softhsm
 from .cryptoki import CK_ULONG, CkError, FunctionList
 from .errors import ckr_of
 
-#: PKCS#11 v2.40 pkcs11t.h: flag of C_Initialize, user types of C_Login.
+#: PKCS#11 v2.40 pkcs11t.h: flag and answer of C_Initialize, user types of C_Login.
 _CKF_OS_LOCKING_OK = 0x02
+_CKR_CANT_LOCK = 0x0A
 _USER_TYPES = {"so": 0, "user": 1}
 #: Length of a token label, padded with blanks (CK_TOKEN_INFO, C_InitToken).
 LABEL_BYTES = 32
@@ -147,7 +148,13 @@ class Library:
 
     def _initialize(self) -> None:
         arguments = _InitializeArgs(flags=_CKF_OS_LOCKING_OK)
-        self._call("C_Initialize", (ctypes.c_void_p,), ctypes.addressof(arguments))
+        try:
+            self._call("C_Initialize", (ctypes.c_void_p,), ctypes.addressof(arguments))
+        except CkError as exc:
+            if exc.rv != _CKR_CANT_LOCK:
+                raise
+            # No locks for such a library: nothing of ours calls it from two threads.
+            self._call("C_Initialize", (ctypes.c_void_p,), None)
 
     def _call(self, name: str, types: tuple[t.Any, ...], *arguments: t.Any) -> None:
         rv = self.functions.function(name, *types)(*arguments)

@@ -35,8 +35,13 @@ def library_access(params: t.Mapping[str, t.Any]) -> LibraryAccess:
 
 
 def token_selector(params: t.Mapping[str, t.Any]) -> TokenSelector:
-    """The token of the options ``token_label``, ``token_serial``, ``slot_id`` and ``token_uri``."""
-    return TokenSelector(params.get("token_label"), params.get("token_serial"), params.get("slot_id"), params.get("token_uri"))
+    """The token of the options ``token_label``, ``token_serial``, ``slot_id`` and ``token_uri``; empty text names nothing."""
+    return TokenSelector(
+        label=params.get("token_label") or None,
+        serial=params.get("token_serial") or None,
+        slot_id=params.get("slot_id"),
+        uri=params.get("token_uri") or None,
+    )
 
 
 def token_access(params: t.Mapping[str, t.Any], raw_pin: t.Any = None) -> TokenAccess:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import syslog
 import time
 import typing as t
@@ -41,9 +42,9 @@ def keep() -> None:
     """Refresh the copies. What cannot be copied is left: a login must not fail for it."""
     for folder in _token_folders():
         with contextlib.suppress(OSError), _opened(folder) as fd:
-            content = _read(fd, _OBJECT)
-            if content and content[_COUNTER_BYTES:] != _read(fd, _COPY)[_COUNTER_BYTES:]:
-                _write_copy(fd, content)
+            content, info = _read(fd, _OBJECT)
+            if info is not None and content and content[_COUNTER_BYTES:] != _read(fd, _COPY)[0][_COUNTER_BYTES:]:
+                _write_copy(fd, content, info)
 
 
 def mend() -> list[str]:
@@ -58,17 +59,25 @@ def mend() -> list[str]:
     mended = []
     for folder in empty:
         with contextlib.suppress(OSError), _opened(folder) as fd:
-            copy = _read(fd, _COPY)
-            if copy and _is_empty(folder):
-                # In place: whoever has the file open goes on with the same one.
-                target = os.open(_OBJECT, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-                with os.fdopen(target, "wb") as handle:
-                    handle.write(copy)
-                    handle.flush()
-                    os.fsync(target)
+            copy, info = _read(fd, _COPY)
+            if info is not None and copy and _fill(fd, copy, info):
                 mended.append(folder)
                 syslog.syslog(syslog.LOG_WARNING, f"hsm-tde: SoftHSM left {folder}/{_OBJECT} empty; its copy was put back")
     return mended
+
+
+def _fill(folder: int, copy: bytes, owner: os.stat_result) -> bool:
+    """Write the copy into the file, if it is still empty and of the same owner; whether it was written."""
+    # In place: whoever has the file open goes on with the same one.
+    fd = os.open(_OBJECT, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    with os.fdopen(fd, "wb") as handle:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1 or info.st_size or info.st_uid != owner.st_uid:
+            return False
+        handle.write(copy)
+        handle.flush()
+        os.fsync(fd)
+    return True
 
 
 def _token_folders() -> list[str]:
@@ -96,18 +105,20 @@ def _is_empty(folder: str) -> bool:
         return False
 
 
-def _read(folder: int, name: str) -> bytes:
-    """A file's content; nothing for one that does not exist."""
+def _read(folder: int, name: str) -> tuple[bytes, os.stat_result | None]:
+    """A regular file's content and facts, of one descriptor; nothing and None for one that does not exist."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:
-        return b""
+        return b"", None
     with os.fdopen(fd, "rb") as handle:
-        return handle.read(_MAX_BYTES)
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise OSError(f"{name} is not one regular file")
+        return handle.read(_MAX_BYTES), info
 
 
-def _write_copy(folder: int, content: bytes) -> None:
-    info = os.stat(_OBJECT, dir_fd=folder, follow_symlinks=False)
+def _write_copy(folder: int, content: bytes, owner: os.stat_result) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_TEMPORARY, dir_fd=folder)
     fd = os.open(_TEMPORARY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
@@ -115,7 +126,7 @@ def _write_copy(folder: int, content: bytes) -> None:
         handle.write(content)
         handle.flush()
         # Whoever owns the token owns the copy; others never get more than they had.
-        os.fchown(fd, info.st_uid, info.st_gid)
-        os.fchmod(fd, info.st_mode & 0o660)
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+        os.fchmod(fd, owner.st_mode & 0o660)
         os.fsync(fd)
     os.rename(_TEMPORARY, _COPY, src_dir_fd=folder, dst_dir_fd=folder)

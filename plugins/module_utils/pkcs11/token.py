@@ -350,8 +350,9 @@ def session_on(
     library.open_slots.add(info.slot_id)
     try:
         with translated(str(info)):
-            library.close_all_sessions(info.slot_id)
-            (slot,) = [slot for slot in library.raw.get_slots(token_present=True) if slot.slot_id == info.slot_id]
+            slot = next((one for one in library.raw.get_slots(token_present=True) if one.slot_id == info.slot_id), None)
+            if slot is None:
+                raise TdeError("token_unreachable", "its slot is gone since it was found", obj=str(info), kept="No try was made.")
             raw = slot.get_token().open(rw=rw or user == "so")
         session = Session(library, info, raw, user)
         if user and pin:
@@ -391,25 +392,25 @@ def _login(session: Session, state: StateDirectory, user: User, pin: Secret) -> 
     except CkError as exc:
         if exc.rv not in (_PIN_INCORRECT, _PIN_INVALID):
             raise error_from_ckr(ckr_name(exc.rv), str(info)) from None
-        RefusedPins(state).remember(info.label, info.serial, user, pin)
-        raise refused(session.library, info, user, ckr_name(exc.rv)) from None
+        raise refused(session.library, info, state, user, pin, ckr_name(exc.rv)) from None
 
 
-def refused(library: Library, info: TokenInfo, user: User, ckr: str) -> TdeError:
-    """The error of a wrong PIN, with what the token's flags say after it."""
+def refused(library: Library, info: TokenInfo, state: StateDirectory, user: User, pin: Secret, ckr: str) -> TdeError:
+    """Remember a refused PIN; the error, with what the token's flags say after the try."""
     who = {"user": "user PIN", "so": "SO PIN"}[user]
+    kept = "One try is spent; this PIN is not tried again on this host."
+    try:
+        RefusedPins(state).remember(info.label, info.serial, user, pin)
+    except TdeError as exc:
+        kept = f"One try is spent, and it could not be remembered ({exc.code}): do not run again with this PIN."
     with contextlib.suppress(CkError):
         info = token_in(library, info.slot_id)
-    said = [
-        flag
-        for flag in info.flags
-        if flag.startswith(f"{user}_pin_") and flag.rpartition("_pin_")[2] in ("count_low", "final_try", "locked")
-    ]
+    said = [flag for flag in (f"{user}_pin_{word}" for word in ("count_low", "final_try", "locked")) if flag in info.flags]
     return TdeError(
         "pin_refused",
         f"the {who} is wrong ({ckr}); the token now says {', '.join(said) or 'nothing about tries left'}",
         obj=str(info),
-        kept="One try is spent; this PIN is not tried again on this host.",
+        kept=kept,
         next_step="Give the right PIN.",
         details={"ckr": ckr, "flags": list(info.flags)},
     )

@@ -329,9 +329,9 @@ def _examine(fd: int, facts: FileFacts, reader: Reader, marker: bytes | None, bu
         return
     block_size = os.fstatvfs(fd).f_bsize
     chosen = windows(info.st_size, budget, rng)
-    facts.sampled = sum(length for _, length in chosen) < info.st_size
+    facts.sampled = sum(length for dummy, length in chosen) < info.st_size
     os.fsync(fd)
-    for _ in range(_TRIES):
+    for dummy in range(_TRIES):
         mapped = extents(fd)
         if not any(extent.flags & _PENDING for extent in mapped):
             break
@@ -342,7 +342,7 @@ def _examine(fd: int, facts: FileFacts, reader: Reader, marker: bytes | None, bu
     read = [_read_window(fd, facts, reader, before, window, block_size) for window in chosen]
     # What moved or was freed while it was read is no evidence: its former place may hold another file by now.
     after = _Places(extents(fd))
-    for (start, _), (content, device, blocks) in zip(chosen, read, strict=True):
+    for (start, dummy), (content, device, blocks) in zip(chosen, read, strict=True):
         stayed = [offset for offset in blocks if before.at(start + offset) == after.at(start + offset)]
         facts.moved += len(blocks) - len(stayed)
         compare(facts, content, device, stayed, block_size)
@@ -370,4 +370,4 @@ def _read_window(
     device = bytearray(-(-length // block_size) * block_size)
     for offset, place, count in _runs(written, block_size):
         device[offset : offset + count] = reader.read(place, count)
-    return content, bytes(device), [offset for offset, _ in written]
+    return content, bytes(device), [offset for offset, dummy in written]

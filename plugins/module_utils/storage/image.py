@@ -13,6 +13,7 @@ import os
 import re
 import typing as t
 
+from ..common.check import established
 from ..common.errors import TdeError
 from ..common.plan import Plan, Step
 from .control import CONTROL_NAME
@@ -263,8 +264,7 @@ def _grows(wish: StorageWish, state: StorageState, image: ImageState, steps: Pla
             raise _no_room(wish, wish.size - image.size, state.free)
         steps.append(Step("extend_image", t.cast(str, wish.image), "it is smaller than wished", {"size": wish.size}))
         return True
-    assert image.superblock is not None  # noqa: S101  (_check_image has looked)
-    return image.size - image.superblock.size >= _UNUSED_TAIL
+    return image.size - established(image.superblock, "the superblock").size >= _UNUSED_TAIL
 
 
 def _plan_mount(wish: StorageWish, state: StorageState) -> Plan:

@@ -66,7 +66,7 @@ def _information(fd: int) -> bytearray:
 
 def _loop(fd: int, node: str, image: os.stat_result) -> Loop | None:
     """The device as a loop on the image, None if it is another's. Known by device and inode: a path may have changed."""
-    device, inode, _, offset, limit = _INFO.unpack_from(_information(fd))
+    device, inode, dummy, offset, limit = _INFO.unpack_from(_information(fd))
     if (device, inode) != (image.st_dev, image.st_ino):
         return None
     number = os.fstat(fd).st_rdev
@@ -143,7 +143,7 @@ def _new(path: str) -> tuple[int, str]:
     with contextlib.ExitStack() as opened:
         image = _open(path, os.O_NOFOLLOW, opened)
         chooser = _open("/dev/loop-control", 0, opened)
-        for _ in range(_TRIES):
+        for dummy in range(_TRIES):
             try:
                 node = f"/dev/loop{fcntl.ioctl(chooser, _LOOP_CTL_GET_FREE)}"
             except OSError as exc:

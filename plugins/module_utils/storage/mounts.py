@@ -208,7 +208,7 @@ def _descend(number: tuple[int, int], sysfs: str, layers: list[str], seen: set[t
         under = sorted(glob.glob(f"{glob.escape(folder)}/slaves/*"))
     below = []
     for device in under:
-        major, _, minor = (_read(f"{device}/dev") or "").partition(":")
+        major, dummy, minor = (_read(f"{device}/dev") or "").partition(":")
         if major.isdigit() and minor.isdigit():
             below.append((int(major), int(minor)))
     if backing and os.path.exists(backing):

@@ -139,6 +139,6 @@ def test_what_is_not_one_line_is_refused(content: bytes) -> None:
 
 
 def test_a_descriptor_that_is_a_terminal_or_closed_is_refused() -> None:
-    _, terminal = os.openpty()
+    dummy, terminal = os.openpty()
     assert code(lambda: credentials.read_descriptor(terminal)) == "terminal_refused"
     assert code(lambda: credentials.read_descriptor(987)) == "invalid_option"

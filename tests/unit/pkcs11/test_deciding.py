@@ -11,7 +11,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeEr
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import initialize, options, pins, token
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.initialize import Found, TokenWish
-from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.library import LibraryAccess
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.library import Library, LibraryAccess
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.resting import Resting
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import TokenAccess, TokenInfo, TokenSelector
 from hypothesis import given
@@ -314,3 +314,23 @@ def test_token_access_takes_the_pin_as_text_only() -> None:
     with pytest.raises(TdeError) as caught:
         options.token_access(params, 1234)
     assert caught.value.code == "secret_not_text"
+
+
+def test_empty_text_names_no_token() -> None:
+    """A role passes on what its user left empty."""
+    assert options.token_selector({"token_label": "demo", "token_serial": "", "slot_id": 0, "token_uri": ""}) == TokenSelector(
+        "demo", None, 0
+    )
+
+
+def test_a_library_that_cannot_lock_is_started_without() -> None:
+    calls = []
+
+    class Functions:
+        def function(self, name: str, *types: t.Any) -> t.Callable[[t.Any], int]:
+            return lambda arguments: calls.append(arguments) or (0x0A if arguments else 0)  # type: ignore[func-returns-value]
+
+    library = Library.__new__(Library)
+    library.functions = t.cast(t.Any, Functions())
+    library._initialize()
+    assert [bool(arguments) for arguments in calls] == [True, False]

@@ -18,7 +18,7 @@ BLOCK = 4096
 @given(st.integers(0, 1 << 40), st.integers(0, 64 << 20), st.integers())
 def test_windows_lie_in_the_file_and_keep_to_the_budget(size: int, budget: int, seed: int) -> None:
     chosen = blocks.windows(size, budget, random.Random(seed))
-    assert sum(length for _, length in chosen) <= max(budget, 2 * blocks.WINDOW)
+    assert sum(length for dummy, length in chosen) <= max(budget, 2 * blocks.WINDOW)
     end = 0
     for start, length in chosen:
         assert start >= end
@@ -29,7 +29,7 @@ def test_windows_lie_in_the_file_and_keep_to_the_budget(size: int, budget: int, 
     if size:
         assert chosen[0][0] == 0
     if size <= budget:
-        assert sum(length for _, length in chosen) == size
+        assert sum(length for dummy, length in chosen) == size
 
 
 @pytest.mark.parametrize("flag", [0x8, 0x100, 0x200, 0x400])
