@@ -95,7 +95,7 @@ master_keys:
       token_serial: 4f5a0f7d70dcd6a3
       age_days: 12
       current: true
-keys:
+data_keys:
   description: The data keys with their keyslots, and what they were once under.
   returned: success
   type: list

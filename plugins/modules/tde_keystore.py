@@ -176,7 +176,7 @@ cluster:
   returned: success
   type: str
   sample: main
-keys:
+data_keys:
   description: The data keys by name, each with its check value and, by name, what its keyslots are under.
   returned: with O(state=present)
   type: dict

@@ -108,7 +108,7 @@ age_days:
   returned: success
   type: int
   sample: 0
-keys:
+data_keys:
   description: The data keys by name, each with its check value and, by name, what its keyslots are under.
   returned: success
   type: dict

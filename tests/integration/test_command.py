@@ -139,7 +139,7 @@ def test_a_reboot_is_survived_and_an_open_keystore_needs_no_token(host: Host) ->
     assert host.readable()
     host.unmount()
     status = host.facts("status")
-    assert (status["open"], [slot["name"] for slot in status["keys"][0]["keyslots"]]) == (False, ["primary", "recovery"])
+    assert (status["open"], [slot["name"] for slot in status["data_keys"][0]["keyslots"]]) == (False, ["primary", "recovery"])
     assert host.facts("self-test")["ok"], host.run("self-test").stdout
     assert not os.path.ismount(host.data.parent)
     assert not host.readable()

@@ -65,7 +65,7 @@ def test_nothing_of_the_cluster_stands_in_the_image(host: Estate) -> None:
 
 def test_the_journal_tells_who_did_what_to_which_key(host: Estate) -> None:
     entries = host.journal()
-    identifier = host.run("tde_info")["keys"][0]["check_value"]
+    identifier = host.run("tde_info")["data_keys"][0]["check_value"]
     acts = {(entry["action"], entry["key_id"], entry["kcv"]) for entry in entries if entry["result"] == "done"}
     for action in ("create_data_key", "add_kernel_key", "make_place"):
         assert (action, "cluster", identifier) in acts
@@ -186,18 +186,18 @@ def test_a_passphrase_and_a_token_are_changed_by_adding_proving_removing(host: E
     # To the second token, opened by the first; the file for the boot follows.
     second = {"name": "primary", "token_label": "second", "pin": host.hsm.pin}
     result = host.run("tde_keystore", keyslots=[second, RECOVERY])
-    assert result["keys"]["cluster"]["keyslots"]["primary"] == "hsm-tde.main.2 in token second"
+    assert result["data_keys"]["cluster"]["keyslots"]["primary"] == "hsm-tde.main.2 in token second"
     assert not host.run("tde_keystore", keyslots=[second, RECOVERY])["changed"]
     # Back, the first token alone being named, the passphrase opening it.
     result = host.run("tde_keystore", keyslots=[SLOTS[0], RECOVERY], passphrase=PASSPHRASE)
-    assert result["keys"]["cluster"]["keyslots"]["primary"] == "hsm-tde.main.2 in token demo"
+    assert result["data_keys"]["cluster"]["keyslots"]["primary"] == "hsm-tde.main.2 in token demo"
     host.refused("tde_keystore", "recovery_keyslot_missing", keyslots=[SLOTS[0]], keyslots_exclusive=True)
     third = {**RECOVERY, "name": "third"}
-    assert set(host.run("tde_keystore", keyslots=[*SLOTS, third])["keys"]["cluster"]["keyslots"]) == {"primary", "recovery", "third"}
+    assert set(host.run("tde_keystore", keyslots=[*SLOTS, third])["data_keys"]["cluster"]["keyslots"]) == {"primary", "recovery", "third"}
     host.run("tde_keystore", keyslots=SLOTS, keyslots_exclusive=True)
     info = host.run("tde_info")
-    assert {slot["name"] for slot in info["keys"][0]["keyslots"]} == {"primary", "recovery"}
-    assert "hsm-tde.main.2 in token second" in info["keys"][0]["formerly"]
+    assert {slot["name"] for slot in info["data_keys"][0]["keyslots"]} == {"primary", "recovery"}
+    assert "hsm-tde.main.2 in token second" in info["data_keys"][0]["formerly"]
 
 
 def test_wrong_credentials_change_nothing_and_a_wrong_pin_is_tried_once(host: Estate) -> None:

@@ -143,7 +143,7 @@ def test_a_token_that_has_no_gcm_and_no_serial_number(opencryptoki: support.Open
             changed.append(run("tde_keystore", state="closed")["changed"])
             changed.append(run("tde_keystore", state="open")["changed"])
             subprocess.run(["umount", str(host.mount)], check=True)
-            return [changed, rotated["keys"]["cluster"]["keyslots"]["primary"]]
+            return [changed, rotated["data_keys"]["cluster"]["keyslots"]["primary"]]
 
         assert opencryptoki.run(story) == [[True, False, True, False, True, True], "hsm-tde.main.2 in token demo"]
 

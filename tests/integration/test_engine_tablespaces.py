@@ -35,7 +35,7 @@ def host() -> t.Iterator[Estate]:
         )
         made.refused("tde_tablespace", "cluster_unknown", tablespaces=[{"name": "sealed"}], keyslots=SLOTS)
         result = made.run("tde_keystore", keyslots=SLOTS)
-        assert result["keys"] == {}
+        assert result["data_keys"] == {}
         assert result["master_keys"] == ["hsm-tde.main in token demo"]
         yield made
 
@@ -112,7 +112,7 @@ def test_a_new_key_gets_the_keyslots_of_its_siblings_and_their_passphrase(host: 
     host.refused("tde_tablespace", "credential_missing", tablespaces=[{"name": "third"}])
     host.refused("tde_tablespace", "passphrase_refused", tablespaces=[{"name": "third"}], passphrase="mistyped horse battery")
     host.run("tde_tablespace", tablespaces=[{"name": "third"}], passphrase=PASSPHRASE)
-    slots = {key["key_id"]: sorted(slot["name"] for slot in key["keyslots"]) for key in host.run("tde_info")["keys"]}
+    slots = {key["key_id"]: sorted(slot["name"] for slot in key["keyslots"]) for key in host.run("tde_info")["data_keys"]}
     assert slots["tablespace.third"] == slots["tablespace.sealed"] == ["primary", "recovery"]
 
 
@@ -307,11 +307,11 @@ def test_rotation_re_wraps_every_key_online_and_a_killed_one_is_finished(host: E
     assert count > 8
     host.killed("tde_master_key", 0.3, state="rotated", tag="2")
     result = host.run("tde_master_key", state="rotated", tag="2")
-    assert {slots["keyslots"]["primary"] for slots in result["keys"].values()} == {"hsm-tde.main.2 in token demo"}
+    assert {slots["keyslots"]["primary"] for slots in result["data_keys"].values()} == {"hsm-tde.main.2 in token demo"}
     assert not host.run("tde_master_key", state="rotated", tag="2")["changed"]
-    assert len(result["keys"]) == count
+    assert len(result["data_keys"]) == count
     assert host.server.psql("SELECT count(*) FROM app.orders", "shop") == "1010"
     second = {"name": "primary", "token_label": "second", "pin": host.hsm.pin}
     result = host.run("tde_keystore", keyslots=[second, RECOVERY])
-    assert {slots["keyslots"]["primary"] for slots in result["keys"].values()} == {"hsm-tde.main.2 in token second"}
+    assert {slots["keyslots"]["primary"] for slots in result["data_keys"].values()} == {"hsm-tde.main.2 in token second"}
     assert len(host.in_token("hsm-tde.main.2", second=True)) == 1

@@ -193,7 +193,7 @@ def status(state: StateDirectory, cluster: str) -> Facts:
         "open": not planned["changed"],
         "missing": planned["plan"],
         "places": [dataclasses.asdict(place) for place in record.places],
-        "keys": KeyStore(state, cluster).describe(),
+        "data_keys": KeyStore(state, cluster).describe(),
         "pin_source": dict(record.pin_source),
     }
 
@@ -204,7 +204,7 @@ def _status_line(cluster: str, facts: Facts) -> str:
     ]
     lines += [f"  place {place['path']} (data key {place['key_id']})" for place in facts["places"]]
     lines += [f"  to open: {step['object']}" for step in facts["missing"]]
-    for key in facts["keys"]:
+    for key in facts["data_keys"]:
         slots = ", ".join(_slot(slot) for slot in key["keyslots"])
         lines.append(f"  data key {key['key_id']}: {slots}")
     return "\n".join(lines)

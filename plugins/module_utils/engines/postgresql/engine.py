@@ -299,7 +299,7 @@ class Postgresql(Engine):
         create = self.options.coverage == "cluster" and self.options.create_cluster
         return {
             "cluster": self.request.cluster,
-            "keys": {key.key_id: public.key_facts(key) for key in ring.keys},
+            "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
             "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in ring.keks],
             "start_required": create and server.postmaster is None,
         }
@@ -431,7 +431,7 @@ class Postgresql(Engine):
                     "cluster": self.request.cluster,
                     "master_key": current,
                     "age_days": keyslots.age(current, token, ring.keys, ring.keks, today),
-                    "keys": {key.key_id: public.key_facts(key) for key in ring.keys},
+                    "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
                     "restart_required": False,
                 }
             )

@@ -86,7 +86,7 @@ def _temporary_covered(facts: Facts, encrypted: t.Collection[str]) -> bool:
 
 
 def _keyslots(facts: Facts) -> t.Iterator[str]:
-    for key in facts["keys"]:
+    for key in facts["data_keys"]:
         names = sorted({slot["name"] for slot in key["keyslots"]})
         if len(names) == 1:
             yield f"Data key {key['key_id']} has a single keyslot ({names[0]}): it is the only way to the data. Add a recovery keyslot."

@@ -180,7 +180,7 @@ def collect(engine: Postgresql) -> Facts:
             }
             for kek in keks
         ],
-        "keys": [_key(key, keks, today) for key in keys],
+        "data_keys": [_key(key, keks, today) for key in keys],
         "places": places,
         "server": _server(server),
         "data_directory": data_directory,

@@ -46,7 +46,7 @@ def facts(
 ) -> Facts:
     """A cluster's public facts."""
     shown: Facts = {
-        "keys": {key.key_id: key_facts(key) for key in keys},
+        "data_keys": {key.key_id: key_facts(key) for key in keys},
         "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in keks],
         "places": {place.key_id: place_facts(place) for place in places if place.exists},
         "record": {name: value for name, value in record.public().items() if name != "places"} if record else None,
@@ -66,7 +66,7 @@ def expected(before: Facts, plan: Plan) -> Facts:
 
 def _apply(after: Facts, step: Step) -> None:
     data = step.data
-    keys, places = after.setdefault("keys", {}), after.setdefault("places", {})
+    keys, places = after.setdefault("data_keys", {}), after.setdefault("places", {})
     if step.action == "create_kek":
         after["master_keys"] = [*after.get("master_keys", []), f"{data['kek_label']} in token {data['token_label']}"]
     elif step.action == "create_data_key":
