@@ -248,6 +248,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeMo
 from ansible_collections.hsm.tde.plugins.module_utils.common.options import pkcs11_options
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import secret_from_option
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import NAME, StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretfile import describe_secrets
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import KeyStore
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import keylist
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.attributes import USAGE
@@ -265,20 +266,24 @@ from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import TokenI
 
 
 def keyslots_on(state: StateDirectory, token: TokenInfo) -> keylist.Uses:
-    """The keys of a token that keyslots of this host's keystores name.
+    """The keys of a token that keyslots of this host's keystores and wrapped secrets name.
 
-    A keystore that cannot be read is an error: then nobody can say that a key is not needed.
+    A keystore or secret that cannot be read is an error: then nobody can say that a key is not needed.
     """
     store = os.path.join(state.path, "store")
     clusters = {row["cluster"] for row in Registry(state).keys() if row["cluster"]}  # noqa: SIM118 - a list, not a mapping
     clusters.update(name for name in (os.listdir(store) if os.path.isdir(store) else []) if NAME.fullmatch(name))
+    wrapped = [
+        (slot, f"data key {key['key_id']} of cluster {cluster}")
+        for cluster in sorted(clusters)
+        for key in KeyStore(state, cluster).describe()
+        for slot in key["keyslots"]
+    ]
+    wrapped += [(slot, f"wrapped secret {secret['path']}") for secret in describe_secrets(state) for slot in secret["keyslots"]]
     uses: dict[tuple[str, bytes], list[str]] = {}
-    for cluster in sorted(clusters):
-        for key in KeyStore(state, cluster).describe():
-            for slot in key["keyslots"]:
-                if slot["token_label"] == token.label and same_serial(slot["token_serial"], token.serial):
-                    words = f"keyslot {slot['name']} of data key {key['key_id']} of cluster {cluster}"
-                    uses.setdefault((slot["kek_label"], bytes.fromhex(slot["kek_id"])), []).append(words)
+    for slot, obj in wrapped:
+        if slot["token_label"] == token.label and same_serial(slot["token_serial"], token.serial):
+            uses.setdefault((slot["kek_label"], bytes.fromhex(slot["kek_id"])), []).append(f"keyslot {slot['name']} of {obj}")
     return uses
 
 

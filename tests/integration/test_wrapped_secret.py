@@ -161,3 +161,20 @@ def test_a_token_that_does_not_show(bench: Bench, tmp_path: Path) -> None:
     # The recovery keyslot needs no token.
     assert bench.run(keyslots=[PRIMARY, RECOVERY])["changed"] is False
     assert (bench.path.read_bytes(), os.listdir(bench.softhsm.tokendir), os.listdir(bench.folder)) == (before, [], ["app.key"])
+
+
+def test_the_key_under_a_secret_is_not_destroyed(bench: Bench) -> None:
+    """Whoever destroys the key loses the secret: the refusal names the file."""
+    assert bench.run({"generate_length": 20, "keyslots": [PRIMARY, RECOVERY]})["changed"]
+    assert bench.softhsm
+    token = bench.softhsm.options(token_label="demo", pin=bench.softhsm.pin)
+    gone = {"label": "hsm-tde.secrets", "id": kek_id(bench), "state": "absent", "confirm_destroy": "hsm-tde.secrets"}
+    refused = run_module_file("pkcs11_key", {"state_directory": bench.state.path, **token, "keys": [gone]})
+    assert refused["error_code"] == "key_in_use"
+    assert f"wrapped secret {bench.path}" in refused["msg"]
+    assert bench.run(credentials=[PRIMARY])["changed"] is False
+
+
+def kek_id(bench: Bench) -> str:
+    """The id of the key that the primary keyslot names."""
+    return str(json.loads(bench.path.read_text())["keyslots"][0]["target"]["kek_id"])

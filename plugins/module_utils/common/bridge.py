@@ -41,6 +41,11 @@ def _canonical(spec: Spec, name: str) -> str | None:
     return None
 
 
+def _uri_with_pin(value: t.Any) -> bool:
+    """Whether a text is a URI that carries a PIN (RFC 7512 section 2.4): it is refused later, and not shown before."""
+    return isinstance(value, str) and "pin-value" in value.lower()
+
+
 def mask(spec: Spec, params: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     """The options as they may be shown: secrets, unknown options and malformed dictionaries without their values."""
     shown: dict[str, t.Any] = {}
@@ -52,7 +57,7 @@ def mask(spec: Spec, params: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
             shown[name] = _UNKNOWN
         elif value is None:
             shown[name] = None
-        elif spec[option].get("no_log"):
+        elif spec[option].get("no_log") or _uri_with_pin(value):
             shown[name] = _MASK
         elif spec[option].get("options") is not None:
             inner = spec[option]["options"]
@@ -76,7 +81,7 @@ def _hidden_texts(spec: Spec, params: t.Any) -> t.Iterator[str]:
         option = _canonical(spec, name) if isinstance(name, str) else None
         if isinstance(name, str) and name.startswith("_ansible_"):
             continue
-        if option is None or spec[option].get("no_log"):
+        if option is None or spec[option].get("no_log") or _uri_with_pin(value):
             yield from _texts(value)
         elif spec[option].get("options") is not None:
             for item in value if isinstance(value, list) else [value]:

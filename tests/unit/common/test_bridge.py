@@ -35,6 +35,10 @@ def test_a_misspelt_option_is_not_shown():
     assert shown["keyslots"][0]["name"] == "a"
 
 
+def test_a_uri_that_carries_a_pin_is_not_shown():
+    assert "8642" not in json.dumps(mask(SPEC, {"library": "pkcs11:token=demo?Pin-Value=8642"}))
+
+
 secret = st.text(alphabet="QZ7", min_size=6, max_size=12)
 
 

@@ -58,7 +58,7 @@ class Kernel:
         self.seen.append(bytes(buffer))
         answer = self.answers.pop(0) if self.answers else 0
         if isinstance(answer, OSError):
-            raise OSError(answer.errno, answer.strerror) from answer
+            raise OSError(answer.errno, answer.strerror)
         if number == fscrypt._ADD_KEY:
             buffer[8:24] = bytes.fromhex(IDENTIFIER)
         return answer
