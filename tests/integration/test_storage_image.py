@@ -186,7 +186,7 @@ def test_a_parent_that_others_can_write_to(storage: Storage, owner: str, tmp_pat
     parent = (storage.file if owner == "image" else storage.point).parent
     parent.mkdir(parents=True)
     os.chown(parent, NOBODY, NOBODY)
-    assert code(storage.run) == "file_not_private"
+    assert code(storage.plan) == "file_not_private"
     assert not storage.file.exists()
     assert not storage.point.exists()
 
@@ -280,22 +280,30 @@ def test_a_grown_file_system_of_any_size_is_grown_for_good(storage: Storage, siz
     assert larger.actions() == []
 
 
-def test_disk_full_is_clean(tmp_path: Path) -> None:
-    with filesystems.mounted_virtual(tmp_path / "small", "-t", "tmpfs", "-o", "size=40M,mode=755") as small:
-        storage = Storage(image.storage_wish(str(tmp_path / "tde"), str(small / "a.img"), "64M"))
+@pytest.mark.parametrize("host", ["tmpfs", "ext4"])
+def test_disk_full_is_clean(tmp_path: Path, host: str) -> None:
+    # ext4 gives what it has and then fails, tmpfs all or nothing.
+    small: t.ContextManager[Path]
+    if host == "tmpfs":
+        small = filesystems.mounted_virtual(tmp_path / "small", "-t", "tmpfs", "-o", "size=60M,mode=755")
+    else:
+        small = filesystems.mounted(tmp_path, filesystems.PLAIN, 64, "small")
+    with small as folder:
+        before = os.listdir(folder)
+        storage = Storage(image.storage_wish(str(tmp_path / "tde"), str(folder / "a.img"), "128M"))
         assert code(storage.plan) == "disk_full"
         # The act itself, when the room went after the plan was made.
         act = image_acts.handlers(storage.wish)["create_image"]
-        full = code(lambda: act(plans.Step("create_image", str(storage.file), "", {"size": 64 * MIB})))
+        full = code(lambda: act(plans.Step("create_image", str(storage.file), "", {"size": 128 * MIB})))
         assert full == "disk_full"
-        assert os.listdir(small) == []
+        assert os.listdir(folder) == before
         storage = storage.resized(32 * MIB)
         storage.run()
         try:
             (storage.point / "data").write_bytes(b"kept")
-            assert code(storage.resized(64 * MIB).plan) == "disk_full"
+            assert code(storage.resized(128 * MIB).plan) == "disk_full"
             act = image_acts.handlers(storage.wish)["extend_image"]
-            full = code(lambda: act(plans.Step("extend_image", str(storage.file), "", {"size": 64 * MIB})))
+            full = code(lambda: act(plans.Step("extend_image", str(storage.file), "", {"size": 128 * MIB})))
             assert full == "disk_full"
             assert storage.file.stat().st_size == 32 * MIB
             assert storage.actions() == []
@@ -424,6 +432,27 @@ def test_a_loop_device_cannot_become_anothers_between_look_and_use(storage: Stor
                 assert still.loop == held.loop
         finally:
             filesystems.run("losetup", "-d", taken)
+
+
+def test_growth_fills_the_holes_that_it_punched(storage: Storage) -> None:
+    storage.run()
+    storage.unmount()
+    larger = storage.resized(128 * MIB)
+    larger.run(steps=1)
+    filesystems.run("fallocate", "--punch-hole", "-o", str(100 * MIB), "-l", str(8 * MIB), storage.file)
+    assert storage.file.stat().st_blocks * 512 < 128 * MIB
+    larger.run()
+    assert storage.file.stat().st_blocks * 512 >= 128 * MIB
+
+
+def test_the_mount_of_a_run_that_was_ended_came_first(storage: Storage) -> None:
+    storage.run()
+    storage.unmount()
+    steps = storage.plan()
+    storage.run()
+    plans.run(steps, image_acts.handlers(storage.wish))
+    assert len(filesystems.run("findmnt", "-no", "TARGET", storage.point).stdout.split()) == 1
+    usable(storage)
 
 
 def test_growth_while_another_program_has_the_device(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

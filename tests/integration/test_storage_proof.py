@@ -194,6 +194,13 @@ def test_canary(disk: Disk) -> None:
     assert sorted(os.listdir(disk.mount)) == ["lost+found", "plain", "sealed"]
 
 
+def test_a_canary_is_readable_for_a_backup_that_runs_meanwhile(disk: Disk) -> None:
+    os.chown(disk.mount / "sealed", 65534, 65533)
+    with control.temporary_file(str(disk.mount / "sealed"), b"x") as path:
+        info = os.stat(path)
+        assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 65533, 0o600)
+
+
 def test_large_files_and_many_files_are_sampled_and_it_is_said(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     (disk.mount / "sealed/1").write_bytes(rows(2048))
     for number in range(30):

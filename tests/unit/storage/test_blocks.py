@@ -9,12 +9,13 @@ import random
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.storage import blocks
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 BLOCK = 4096
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 40), st.integers(0, 64 << 20), st.integers())
 def test_windows_lie_in_the_file_and_keep_to_the_budget(size: int, budget: int, seed: int) -> None:
     chosen = blocks.windows(size, budget, random.Random(seed))
@@ -62,6 +63,7 @@ def test_where_a_block_lies(offset: int, place: tuple[str, int]) -> None:
     assert blocks._Places([]).at(offset) == ("hole", 0)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["equal", "other", "zero", "device_zero"]), min_size=1, max_size=20),
     st.integers(1, BLOCK),
@@ -88,6 +90,7 @@ def test_only_blocks_with_content_on_both_sides_are_evidence(kinds: list[str], l
     assert facts.examined + facts.device_zero + facts.zero + facts.short == len(kinds)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), unique_by=(lambda one: one[0], lambda one: one[1])))
 def test_neighbours_are_read_at_once_and_nothing_twice(numbers: list[tuple[int, int]]) -> None:
     wanted = sorted((offset * BLOCK, place * BLOCK) for offset, place in numbers)

@@ -21,7 +21,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.storage.image import (
 )
 from ansible_collections.hsm.tde.plugins.module_utils.storage.loops import Loop
 from ansible_collections.hsm.tde.plugins.module_utils.storage.mounts import Mount
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 MIB = 1 << 20
@@ -125,6 +125,7 @@ def states(draw: st.DrawFn) -> StorageState:
     return StorageState(machine, draw(st.booleans()), draw(st.sampled_from([0, 40 * MIB, 1 << 40])), directory, None)
 
 
+@settings(deadline=None)
 @given(states(), SIZES | st.none(), st.booleans(), st.data())
 def test_a_run_ended_after_any_step_goes_on_to_the_wish(
     state: StorageState, size: int | None, known: bool, data: st.DataObject
@@ -269,6 +270,7 @@ def test_superblock_of_an_old_file_system() -> None:
     assert image_acts.parse_superblock(head) == Superblock("", 1024, 8192 * 1024, False)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2048))
 def test_no_superblock_in_anything(head: bytes) -> None:
     found = image_acts.parse_superblock(head)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.storage import mounts
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 #: proc_pid_mountinfo(5)'s own example, one with two optional fields, and one without any.
@@ -37,6 +37,7 @@ def test_examples() -> None:
 
 
 @example("-", "-", "-", ["shared:1"])
+@settings(deadline=None)
 @given(PATHS, PATHS, PATHS, st.lists(st.sampled_from(["shared:1", "master:2", "unbindable"]), max_size=3))
 def test_any_name_survives(root: str, mount_point: str, source: str, optional: list[str]) -> None:
     fields = ["1 2 3:4", escape(root), escape(mount_point), "rw", *optional]

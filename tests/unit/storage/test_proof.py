@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.storage import proof
 from ansible_collections.hsm.tde.plugins.module_utils.storage.blocks import FileFacts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 OURS, THEIRS = "aa" * 16, "bb" * 16
@@ -120,6 +120,7 @@ FACTS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(FACTS)
 def test_never_encrypted_without_all_of_it(facts: proof.Facts) -> None:
     verdict = proof.judge(facts)
@@ -138,6 +139,7 @@ def test_never_encrypted_without_all_of_it(facts: proof.Facts) -> None:
             assert facts.total("marker_in_file") > 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(4, 20), st.integers())
 def test_large_files_and_the_one_named_are_read_in_any_case(sizes: list[int], most: int, seed: int) -> None:
     rows = [FileFacts(f"/p/{index:02}", size) for index, size in enumerate(sizes)]
