@@ -115,6 +115,41 @@ def test_a_directory_as_storage_and_another_file_system_in_its_stead() -> None:
             subprocess.run(["umount", str(outer)], check=False, capture_output=True)
 
 
+def test_check_mode_where_the_tasks_before_were_only_planned() -> None:
+    with estate() as host:
+        host.server.initdb()
+        host.server.start()
+        nowhere = {"check": True, "token_label": "later"}
+        planned = host.run("tde_keystore", keyslots=SLOTS, **nowhere)
+        assert "create_kek" in [step["action"] for step in planned["plan"]]
+        assert any("an earlier task will make" in warning for warning in planned["warnings"])
+        assert host.run("tde_master_key", **nowhere)["changed"]
+        assert host.run("tde_keystore", state="open", **nowhere)["changed"]
+        planned = host.run("tde_tablespace", tablespaces=[{"name": "sealed"}], keyslots=SLOTS, **nowhere)
+        assert planned["plan"][-1]["action"] == "create_tablespace"
+        assert not host.state.exists()
+        assert not host.image.exists()
+
+
+def test_a_wrong_pin_is_found_out_before_anything_is_made() -> None:
+    with estate() as host:
+        host.refused("tde_keystore", "pin_refused", keyslots=SLOTS, pin="wrong-pin")
+        assert not host.image.exists()
+        assert not (host.state / "store").exists()
+
+
+def test_two_clusters_do_not_share_a_master_key_by_their_names() -> None:
+    with estate() as host:
+        host.run("tde_keystore", keyslots=SLOTS, cluster="a.b")
+        other = {**host.options, "mount_point": str(host.home / "two"), "image": str(host.home / "two.img")}
+        try:
+            host.run("tde_keystore", keyslots=SLOTS, cluster="a", postgresql=other)
+            host.refused("tde_master_key", "invalid_option", cluster="a", state="rotated", tag="b")
+            assert len(host.in_token("hsm-tde.a.b")) == 1
+        finally:
+            subprocess.run(["umount", str(host.home / "two")], check=False, capture_output=True)
+
+
 def test_a_second_run_at_the_same_time_is_told_and_changes_nothing() -> None:
     with estate() as host:
         host.run("tde_keystore", keyslots=SLOTS)

@@ -220,6 +220,16 @@ def test_a_locked_table_is_tried_again_and_given_up_with_what_was_done(server: p
         holder.wait()
 
 
+def test_a_database_without_an_encoding_moves_too(server: postgres.Server) -> None:
+    server.psql("CREATE DATABASE ascii TEMPLATE template0 ENCODING 'SQL_ASCII'")
+    server.psql("CREATE TABLE \"t\u00e9\" AS SELECT 1", "ascii")
+    catalog = catalog_of(server, "ascii")
+    assert "public.t\u00e9" in {one.label for one in catalog.relations}
+    wish = MoveWish(schemas=("public",), database="ascii")
+    carry_out(server, move.decide(catalog, state_of(server, "ascii"), "vault", wish))
+    assert not move.decide(catalog_of(server, "ascii"), state_of(server, "ascii"), "vault", wish).any
+
+
 def test_nothing_fails_for_users_while_their_tables_move(server: postgres.Server, database: str) -> None:
     setup = server.popen("pgbench", "-i", "-q", "-s", "1", database)
     assert setup.wait(60) == 0

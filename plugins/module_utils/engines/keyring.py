@@ -14,6 +14,7 @@ from ..common.check import established
 from ..common.errors import TdeError
 from ..common.journal import Journal
 from ..common.plan import Handlers, Plan, Step
+from ..keystore import recorded
 from ..keystore.store import KeyStore, PassphraseCredential, PassphraseSlot, TokenCredential, TokenSlot
 from ..pkcs11.envelope import COMPANION, load_kek
 from ..pkcs11.kek import create_kek
@@ -54,7 +55,13 @@ def read_keys(store: KeyStore) -> list[Key]:
     :raises TdeError: ``keystore_unreachable`` and what makes a file unreadable.
     """
     return [
-        Key(one["key_id"], one["check_value"], tuple(map(_slot, one["keyslots"])), tuple(map(_slot, one["history"])))
+        Key(
+            one["key_id"],
+            one["check_value"],
+            tuple(map(_slot, one["keyslots"])),
+            tuple(map(_slot, one["history"])),
+            last=one["recorded"] not in (recorded.ROLLED_BACK, recorded.OTHER),
+        )
         for one in store.describe()
     ]
 
@@ -99,14 +106,26 @@ class Keyring:
         self.keks: list[Kek] = []
         self._tokens: dict[tuple[t.Any, ...], Token] = {}
         self._opened: dict[str, DataKey] = {}
+        self._checked: set[tuple[Token | None, str]] = set()
+        #: Tokens that an earlier task will make, in check mode.
+        self._coming: set[Token] = set()
         self._answers: dict[tuple[str, str, tuple[str, ...]], str | None] = {}
 
     # --- looking
 
     def look(self) -> None:
-        """Read the public facts anew, into :attr:`keys` and :attr:`keks`."""
+        """Read the public facts anew, into :attr:`keys` and :attr:`keks`.
+
+        :raises TdeError: what reading raises; ``keystore_rolled_back``, ``keystore_unrecorded`` or, where a credential can tell
+            more, what opening raises: nothing is decided on a file that is not the one written last.
+        """
         self.keys = read_keys(self.store)
         self.keks = read_keks(self.registry, self.request.cluster)
+        for key in self.keys:
+            if not key.last:
+                if self.credentials():
+                    self.unlock([key.key_id])
+                self.store.refuse(key.key_id)
 
     def key(self, key_id: str) -> Key | None:
         """The data key of a name."""
@@ -143,7 +162,9 @@ class Keyring:
         if slots or not self.dry or self.registry.names_token(label=label):
             raise exc
         self.warnings.append(f"{exc.obj or access.selector}: {exc.message}. The plan takes it for one that an earlier task will make.")
-        return Token.of(label or "?", "")
+        token = Token.of(label or "?", "")
+        self._coming.add(token)
+        return token
 
     def wanted(self) -> list[Wanted]:
         """The keyslots wished for, with the master keys that they are, or would be, under."""
@@ -156,20 +177,20 @@ class Keyring:
             found.append(Wanted(wish.name, TOKEN, token, current_label(self.request.cluster, token, self.keys, self.keks)))
         return found
 
-    def check_master_keys(self, wanted: t.Iterable[Wanted]) -> None:
-        """Log in where a PIN was given, and see that the master keys which must exist do.
+    def log_in(self, wanted: t.Iterable[Wanted]) -> None:
+        """Log in where a PIN was given, and see that the master keys which must exist do; each token once.
 
         :raises TdeError: ``key_unreachable``, and what the login answers.
         """
-        done = set()
         for one in wanted:
             access = self.wish(one.name).access
-            if not (one.token and access and access.pin) or (one.token, one.kek_label) in done:
+            index = (one.token, one.kek_label)
+            if not (one.token and access and access.pin) or index in self._checked or one.token in self._coming:
                 continue
-            done.add((one.token, one.kek_label))
-            if remembered(one.kek_label, one.token, self.keys, self.keks):
-                with open_session(access, self.request.state) as session:
+            with open_session(access, self.request.state) as session:
+                if remembered(one.kek_label, one.token, self.keys, self.keks):
                     load_kek(session, self._kek(one.token, one.kek_label))
+            self._checked.add(index)
 
     def probe(self, keys: t.Iterable[Key]) -> None:
         """Find out which keyslots the passphrases given open; into :attr:`keys`."""
@@ -222,16 +243,33 @@ class Keyring:
 
         :raises TdeError: ``credential_missing``, and what opening the keys answers.
         """
+        names: list[str] = []
         for step in plan:
-            names = {"create_data_key": step.data.get("slots", ()), "add_keyslot": [step.data.get("name")]}.get(step.action, ())
-            for name in names:
-                self._demand(t.cast(str, name))
-            if step.action == "create_kek":
-                self._demand(step.data["slot"])
+            if step.action == "create_data_key":
+                names += step.data["slots"]
+            elif step.action in ("add_keyslot", "create_kek"):
+                names.append(step.data["name"])
+        for name in dict.fromkeys(names):
+            self._demand(name)
+        self._not_of_another_cluster(plan)
+        self.log_in(one for one in self.wanted() if one.name in names)
         if any(step.action == "create_data_key" for step in plan):
             self.same_passphrases()
         needed = [step.data["key_id"] for step in plan if step.action in ("add_keyslot", "remove_keyslot", "add_kernel_key")]
         self.unlock([key_id for key_id in dict.fromkeys(needed) if self.key(key_id)])
+
+    def _not_of_another_cluster(self, plan: Plan) -> None:
+        """Refuse a master key's label that is another cluster's: ``a`` with tag ``b`` and ``a.b`` without one are the same."""
+        for step in plan:
+            if step.action != "create_kek":
+                continue
+            token = Token(step.data["token_label"], step.data["token_serial"])
+            for entry in self.registry.keys():  # noqa: SIM118 - a registry is no dictionary
+                same = entry["label"] == step.data["kek_label"] and Token.of(entry["token_label"], entry["token_serial"]) == token
+                if same and entry["cluster"] not in ("", self.request.cluster):
+                    raise TdeError(
+                        "invalid_option", f"is the master key of cluster {entry['cluster']}", obj=step.obj, next_step="Take another tag."
+                    )
 
     def _demand(self, name: str) -> None:
         wish = self.wish(name)
@@ -281,7 +319,7 @@ class Keyring:
         self.store.create()
 
     def _create_kek(self, step: Step) -> None:
-        access = established(self.wish(step.data["slot"]).access, "the token")
+        access = established(self.wish(step.data["name"]).access, "the token")
         with open_session(access, self.request.state, rw=True) as session:
             info = session.token
             # From now on a token that does not show is unreachable, whoever initialised it.

@@ -60,12 +60,14 @@ class Key:
 
     :param slots: in the order in which they were added.
     :param formerly: keyslots that were removed: the key was once under them.
+    :param last: whether its file is the one that this host wrote last, as far as the journal knows.
     """
 
     key_id: str
     check_value: str
     slots: tuple[Slot, ...]
     formerly: tuple[Slot, ...] = ()
+    last: bool = True
 
     def named(self, name: str) -> list[Slot]:
         """The keyslots of a name, the newest first."""
@@ -139,7 +141,7 @@ def in_use(kek: Kek, keys: t.Sequence[Key], keks: t.Sequence[Kek]) -> bool:
 
 def create_kek(label: str, token: Token, slot: str, why: str) -> Step:
     """The step that makes a master key for a keyslot."""
-    data = {"kek_label": label, "slot": slot, "token_label": token.label, "token_serial": token.serial}
+    data = {"kek_label": label, "name": slot, "token_label": token.label, "token_serial": token.serial}
     return Step("create_kek", f"master key {label} in token {token.label}", why, data)
 
 

@@ -111,7 +111,12 @@ def master_key_wish(params: Params) -> MasterKeyWish:
 
 
 def tablespaces_wish(params: Params) -> TablespacesWish:
-    """The wish of ``tde_tablespace``."""
+    """The wish of ``tde_tablespace``.
+
+    :raises TdeError: ``invalid_option``.
+    """
+    if params["lock_timeout"] <= 0:
+        raise TdeError("invalid_option", "must be more than 0; the server takes 0 for no limit", obj="option lock_timeout")
     items = []
     for item in params["tablespaces"]:
         move = item["move"] or {}

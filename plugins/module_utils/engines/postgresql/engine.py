@@ -155,7 +155,7 @@ class Postgresql(Engine):
         wishes = wish.slots if wish.slots is not None else [SlotWish("primary", keyslots.TOKEN, access=self.request.access)]
         ring = self.keyring(wishes, check)
         acts = self.acts(ring)
-        ring.check_master_keys(ring.wanted())
+        ring.log_in(ring.wanted())
 
         def decide() -> tuple[Plan, Facts]:
             self.reread()
@@ -181,8 +181,10 @@ class Postgresql(Engine):
                 later = keyslots.change(ring.keys, wanted, exclusive=wish.exclusive, no_recovery=wish.no_recovery)
             if self.options.coverage == "cluster":
                 place = self._cluster_place(ring, bool(pending))
-                later += plan.make_place(place, ring.key(plan.CLUSTER_KEY), wanted, owner=user.pw_uid, no_recovery=wish.no_recovery)
-                later += self._fill(place)
+                # One that was made is judged once its storage is mounted: what hides it tells nothing about it.
+                if not (pending and place.made):
+                    later += plan.make_place(place, ring.key(plan.CLUSTER_KEY), wanted, owner=user.pw_uid, no_recovery=wish.no_recovery)
+                    later += self._fill(place)
             steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later + self._pin_steps(ring, wish)
             return steps, public.facts(ring.keys, ring.keks, places, self.record, storage)
 
@@ -390,7 +392,7 @@ class Postgresql(Engine):
                 raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
             ring = self.keyring([SlotWish(wish.keyslot, keyslots.TOKEN, access=self.request.access)], check)
             token = ring.token(self.request.access)
-            ring.check_master_keys(ring.wanted())
+            ring.log_in(ring.wanted())
             rotated = wish.state == "rotated"
             today = datetime.datetime.now(datetime.timezone.utc).date()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import typing as t
 
@@ -147,7 +148,11 @@ def collect(engine: Postgresql) -> Facts:
     problems: list[str] = []
     state, cluster, options, record = engine.request.state, engine.request.cluster, engine.options, engine.record
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    keys: list[keyslots.Key] = _tried(problems, lambda: read_keys(KeyStore(state, cluster)), [])
+    store = KeyStore(state, cluster)
+    keys: list[keyslots.Key] = _tried(problems, lambda: read_keys(store), [])
+    for key in keys:
+        if not key.last:
+            _tried(problems, functools.partial(store.refuse, key.key_id), None)
     keks: list[keyslots.Kek] = _tried(problems, lambda: read_keks(Registry(state), cluster), [])
     identifiers = {key.check_value: key.key_id for key in keys}
     server = look_at_server(engine, options, problems)

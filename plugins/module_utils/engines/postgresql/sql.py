@@ -80,6 +80,8 @@ class Access:
             "dbname": database or self.connection.database,
             "connect_timeout": CONNECT_SECONDS,
             "application_name": "hsm-tde",
+            # In a database of encoding SQL_ASCII names would come as bytes.
+            "client_encoding": "utf8",
             # Nothing of the caller's home decides over a connection.
             "passfile": "/nonexistent",
         }
