@@ -12,7 +12,15 @@ import stat
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.files import check_parents, make_private_directory, os_error, read_private, trusted_directory, write_atomic
+from ..common.files import (
+    check_parents,
+    make_private_directory,
+    os_error,
+    read_private,
+    remove_leftovers_of,
+    trusted_directory,
+    write_atomic,
+)
 from ..common.plan import Plan, Step, public, run
 from ..common.run import run_program
 from ..common.state import check_name
@@ -263,6 +271,7 @@ def carry_out(plan: Plan, wished: Files) -> None:
         file = t.cast("File", wished[path])
         make_private_directory(os.path.dirname(path), 0o755)
         if file.link is None:
+            remove_leftovers_of(path)
             write_atomic(path, file.data, mode=file.mode, uid=0 if os.geteuid() == 0 else -1, gid=0 if os.geteuid() == 0 else -1)
         else:
             with trusted_directory(os.path.dirname(path)) as folder:

@@ -5,6 +5,7 @@
 ========================  ==========================================================
 ``registry.json``         tokens and keys that were created or used (pkcs11/registry.py)
 ``refused.json``          salted fingerprints of refused PINs (pkcs11/refused.py)
+``trying.json``           the one of two PINs that is tried first (pkcs11/trying.py)
 ``journal.jsonl``         every act on a key, hash-chained (common/journal.py)
 ``clusters/<name>.json``  a cluster's engine, places and token access, for the next boot
 ``store/<name>/``         a cluster's wrapped data keys (keystore/store.py)
@@ -21,7 +22,7 @@ import re
 import typing as t
 
 from .errors import TdeError
-from .files import lock, make_private_directory, read_private, write_atomic
+from .files import leftovers_of, lock, make_private_directory, read_private, remove_leftovers, remove_leftovers_of, write_atomic
 
 DEFAULT_PATH = "/var/lib/hsm-tde"
 
@@ -59,6 +60,10 @@ class StateDirectory:
         return os.path.join(self.path, "refused.json")
 
     @property
+    def trying(self) -> str:
+        return os.path.join(self.path, "trying.json")
+
+    @property
     def journal(self) -> str:
         return os.path.join(self.path, "journal.jsonl")
 
@@ -85,7 +90,19 @@ class StateDirectory:
         """
         self.create()
         with lock(os.path.join(self.path, "lock"), wait_seconds):
+            self._tidy()
             yield
+
+    def _tidy(self) -> None:
+        """Remove what killed runs left of files that this one may have no reason to write."""
+        left = [path for path in (self.registry, self.refused, self.trying, self.journal + ".head") if leftovers_of(path)]
+        for path in left:
+            # A task that does not hold this lock may be writing: each file has one of its own.
+            with lock(path.removesuffix(".head") + ".lock", wait_seconds=10):
+                remove_leftovers_of(path)
+        clusters = os.path.dirname(self.cluster_record("x"))
+        if os.path.isdir(clusters):
+            remove_leftovers(clusters)
 
 
 def read_json(path: str, damaged_code: str, missing: t.Any = None) -> t.Any:

@@ -14,7 +14,7 @@ import stat
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.files import os_error, write_atomic
+from ..common.files import os_error, remove_leftovers_of, write_atomic
 from .blocks import inode_encrypted
 from .mounts import mount_of
 
@@ -39,6 +39,7 @@ def write_control(directory: str) -> bool:
     path = os.path.join(directory, CONTROL_NAME)
     if os.path.lexists(path):
         return False
+    remove_leftovers_of(path)
     write_atomic(path, control_content(), mode=0o644)
     return True
 

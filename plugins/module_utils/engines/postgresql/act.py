@@ -16,6 +16,7 @@ from ...common.journal import Journal
 from ...common.plan import Handlers, Step
 from ...common.run import run_program
 from ...common.secret import Secret
+from ...pkcs11.resting import remove_leftovers
 from ...storage import fscrypt
 from .. import record as records
 from ..base import Request
@@ -88,6 +89,7 @@ class Acts:
     def _write_pin_source(self, step: Step) -> None:
         pin = established(self.pin, "the PIN for the boot")
         make_private_directory(os.path.dirname(step.data["path"]))
+        remove_leftovers(step.data["path"])
         write_atomic(step.data["path"], pin.reveal() + b"\n")
 
     # --- kernel keys
