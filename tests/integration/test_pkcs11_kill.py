@@ -19,7 +19,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeEr
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
-from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import cryptoki, resting
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import cryptoki, refused, resting
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.apart import apart
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.initialize import TokenWish, ensure
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.library import load
@@ -135,6 +135,33 @@ def test_pin_change_killed_at_each_act(kind: str, state: StateDirectory, tmp_pat
         if not killed:
             break
     assert point > {"softhsm": 12, "opencryptoki": 3}[kind], "the points are not where the code acts"
+
+
+@pytest.mark.parametrize("kind", ["softhsm", "opencryptoki"])
+def test_pin_change_without_a_file_killed_at_each_act(
+    kind: str, state: StateDirectory, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the try of the new PIN, which the token counts, and before that of the present one."""
+    token = t.cast(Installation, request.getfixturevalue(kind))
+    # A fingerprint costs as much as all else.
+    monkeypatch.setattr(refused, "_ITERATIONS", 10)
+    old, new = token.pin, "newpin-1"
+    for point in itertools.count(1):
+        access = TokenAccess(token.library_access(), TokenSelector(label="demo"), Secret(old))
+        wish = PinWish(access, "user", Secret(new))
+
+        def act(wish: PinWish = wish) -> list[str]:
+            return [step.action for step in change(wish, state).plan]
+
+        killed = killed_at(point, token, act)
+        token.run(act)
+        assert token.run(act) == [], "the token has the new PIN"
+        assert leftovers(Path(state.path)) == []
+        assert not os.path.exists(os.path.join(state.path, "trying.json"))
+        old, new = new, old
+        if not killed:
+            break
+    assert point > {"softhsm": 8, "opencryptoki": 3}[kind], "the points are not where the code acts"
 
 
 def test_pin_change_killed_at_random_moments(softhsm: SoftHsm, state: StateDirectory, tmp_path: Path) -> None:

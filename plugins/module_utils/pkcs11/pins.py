@@ -27,6 +27,7 @@ from .refused import RefusedPins
 from .registry import Registry
 from .resting import Resting
 from .token import TokenAccess, TokenInfo, User, check_pin_length, find, session_on, token_in
+from .trying import Trying
 
 _WORDS = {"user": "user PIN", "so": "SO PIN"}
 
@@ -149,17 +150,30 @@ def _current(library: Library, info: TokenInfo, wish: PinWish, rest: Resting, st
         raise TdeError("pkcs11_unsupported", "asks for no login, so it has no PIN to change", obj=str(info))
     if wish.access.pin is None and rest == Resting(None, None):
         raise TdeError("pin_missing", f"the present {_WORDS[wish.user]} was not given", obj=str(info), kept="No try was made.")
-    clean = not any(f"{wish.user}_pin_{word}" in info.flags for word in ("count_low", "final_try", "locked"))
-    order = candidates(wish.new_pin, wish.access.pin, rest, clean=clean)
-    for number, pin in enumerate(order, 1):
-        # After a first wrong try of ours the flags say so; they were clean before.
-        allow_low = wish.access.allow_low_pin_count or number > 1
-        try:
-            with session_on(library, info, state, user=wish.user, pin=pin, rw=False, allow_low=allow_low):
-                return pin
-        except TdeError as exc:
-            if exc.code not in ("pin_refused", "pin_refused_before", "pin_length") or number == len(order):
-                raise
+    note = Trying(state, info.label, info.serial, wish.user)
+    wrong = [word for word in ("count_low", "final_try", "locked") if f"{wish.user}_pin_{word}" in info.flags]
+    order = candidates(wish.new_pin, wish.access.pin, rest, clean=not wrong)
+    allow_first = wish.access.allow_low_pin_count
+    if wrong == ["count_low"]:
+        both = candidates(wish.new_pin, wish.access.pin, rest, clean=True)
+        others = [pin for pin in both if not note.was(pin)]
+        if others and others != both:
+            # The wrong try is that of a run of ours, killed between the two.
+            order, allow_first = others, True
+    if len(order) > 1:
+        note.begin(order[0])
+    try:
+        for number, pin in enumerate(order, 1):
+            # After a first wrong try of ours the flags say so; they were clean before.
+            allow_low = allow_first or number > 1
+            try:
+                with session_on(library, info, state, user=wish.user, pin=pin, rw=False, allow_low=allow_low):
+                    return pin
+            except TdeError as exc:
+                if exc.code not in ("pin_refused", "pin_refused_before", "pin_length") or number == len(order):
+                    raise
+    finally:
+        note.end()
     raise AssertionError("at least one PIN is tried")
 
 

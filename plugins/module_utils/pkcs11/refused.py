@@ -26,7 +26,7 @@ _VERSION = 1
 #: PBKDF2 is there under FIPS rules too, where scrypt is not. Iterations: NIST SP 800-132 asks for as many as the
 #: user bears; this is below 0.1 s, paid only while the token has an entry.
 _ITERATIONS = 200_000
-_SALT_BYTES = 32
+SALT_BYTES = 32
 #: Of each token and user, the oldest go first; more wrong PINs than this lock any token that counts.
 _KEEP = 16
 
@@ -49,7 +49,7 @@ class RefusedPins:
         mine = [row for row in content["refused"] if _of(row, token_label, token_serial, user)]
         if not mine:
             return False
-        fingerprint = _fingerprint(content["salt"], token_label, token_serial, user, pin)
+        fingerprint = pin_fingerprint(content["salt"], token_label, token_serial, user, pin)
         return any(hmac.compare_digest(row["fingerprint"], fingerprint) for row in mine)
 
     def count(self, token_label: str, token_serial: str, user: str) -> int:
@@ -60,7 +60,7 @@ class RefusedPins:
         """Enter a refused PIN."""
 
         def change(content: dict[str, t.Any]) -> None:
-            fingerprint = _fingerprint(content["salt"], token_label, token_serial, user, pin)
+            fingerprint = pin_fingerprint(content["salt"], token_label, token_serial, user, pin)
             others = [row for row in content["refused"] if row["fingerprint"] != fingerprint]
             mine = [row for row in others if _of(row, token_label, token_serial, user)]
             if len(mine) >= _KEEP:
@@ -99,7 +99,7 @@ class RefusedPins:
         with lock(self._state.refused + ".lock", wait_seconds=10):
             remove_leftovers_of(self._state.refused)
             content = self._read()
-            content["salt"] = content["salt"] or secrets.token_hex(_SALT_BYTES)
+            content["salt"] = content["salt"] or secrets.token_hex(SALT_BYTES)
             change(content)
             write_json(self._state.refused, content)
 
@@ -108,7 +108,11 @@ def _of(row: dict[str, str], token_label: str, token_serial: str, user: str) -> 
     return (row["token_label"], row["token_serial"], row["user"]) == (token_label, token_serial, user)
 
 
-def _fingerprint(salt: str, token_label: str, token_serial: str, user: str, pin: Secret) -> str:
+def pin_fingerprint(salt: str, token_label: str, token_serial: str, user: str, pin: Secret) -> str:
+    """A PIN's fingerprint, in hex.
+
+    :param salt: in hex.
+    """
     # The lengths are written out, so that no two tokens' fields run into one another.
     context = "".join(f"{len(part)}:{part}" for part in (token_label, token_serial, user)).encode()
     return hashlib.pbkdf2_hmac("sha256", pin.reveal(), bytes.fromhex(salt) + context, _ITERATIONS).hex()
