@@ -168,6 +168,11 @@ class KeyStore:
         judged = [self.file(key_id).judged(entries) for key_id in key_ids]
         return [document_facts(each.document, each.verdict) for each in judged]
 
+    def refuse(self, key_id: str) -> None:
+        """Raise if a data key's file is not the one that this host wrote last. See :meth:`SealedFile.refuse`."""
+        file = self.file(key_id)
+        file.refuse(file.judged())
+
     def create_key(
         self, key_id: str, length: int, slots: t.Sequence[Slot], check: t.Callable[[bytes], str] | None = None
     ) -> DataKey:
