@@ -57,7 +57,9 @@ def tree(folder: Path, *, notes: bool = True) -> dict[str, t.Any]:
 
 def objects(hsm: support.Installation) -> dict[str, str]:
     """The objects of a software token's files, by content; what a login writes is left out."""
-    top, names = (hsm.tokendir, "*.object") if isinstance(hsm, support.SoftHsm) else (t.cast(support.OpenCryptoki, hsm).home / "var", "*")
+    top, names = (
+        (hsm.tokendir, "*.object") if isinstance(hsm, support.SoftHsm) else (t.cast(support.OpenCryptoki, hsm).home / "var", "*")
+    )
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(top.rglob(names))
