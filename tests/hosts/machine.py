@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -41,8 +42,8 @@ PROGRAMS = {
     "git": "git",
 }
 
-#: A container sees no loop device that is made later; the kernel hands out the lowest free one, of the whole machine.
-LOOP_DEVICES = 16
+#: Free loop devices that a container finds: it sees none that is made later, and shares them with the machine.
+FREE_LOOP_DEVICES = 16
 
 #: linux/loop.h
 _LOOP_CTL_ADD, _LOOP_CLR_FD, _LOOP_GET_STATUS64 = 0x4C80, 0x4C01, 0x4C05
@@ -141,15 +142,19 @@ def remove_cgroup(name: str) -> None:
 
 
 def loop_devices() -> list[str]:
-    """The nodes of loop devices to be bound into a container; makes those that are missing."""
-    nodes = [f"/dev/loop{number}" for number in range(LOOP_DEVICES)]
+    """The nodes of loop devices to be bound into a container; makes those that are missing.
+
+    The kernel hands out the free one with the lowest number: so all in use, and some more.
+    """
+    used = [int(path.parent.parent.name[4:]) for path in pathlib.Path("/sys/block").glob("loop*/loop/backing_file")]
+    nodes = [f"/dev/loop{number}" for number in range(max(used, default=-1) + 1 + FREE_LOOP_DEVICES)]
     with open("/dev/loop-control", "rb") as control:
         for number, node in enumerate(nodes):
             if not os.path.exists(node):
                 try:
                     fcntl.ioctl(control, _LOOP_CTL_ADD, number)
                 except FileExistsError:  # the device is there, its node is not: udev's or a container's affair
-                    os.mknod(node, 0o660 | 0o060000, os.makedev(7, number))
+                    os.mknod(node, 0o660 | stat.S_IFBLK, os.makedev(7, number))
     return nodes
 
 
