@@ -116,6 +116,17 @@ def test_after_a_reboot_the_recovery_keyslot_opens_it_where_the_token_is_missing
     assert not host.run("tde_keystore", state="open")["changed"]
 
 
+def test_after_a_reboot_present_mounts_the_storage_and_leaves_the_place_as_it_is(host: Estate) -> None:
+    host.server.stop()
+    host.unmount()
+    result = host.run("tde_keystore", keyslots=SLOTS)
+    assert {step["action"] for step in result["plan"]} <= {"mount_image", "prepare_root"}
+    assert not host.run("tde_keystore", keyslots=SLOTS)["changed"]
+    assert host.run("tde_keystore", state="open")["changed"]
+    host.server.start()
+    assert rows(host) == "2000"
+
+
 def test_a_crashed_server_whose_mount_is_gone_writes_no_plain_text(host: Estate) -> None:
     host.server.psql(f"INSERT INTO t SELECT g, '{MARKER} ' || g FROM generate_series(2001, 2010) g")
     host.server.kill()
