@@ -61,7 +61,9 @@ managed:
   type: bool
   sample: true
 encrypted:
-  description: Whether the data directory and every tablespace are encrypted, by whatever means.
+  description:
+    - Whether the data directory, the parts of it that lie elsewhere and every tablespace are encrypted, by whatever means.
+    - Never true of a cluster that is closed, for then nothing tells what lies elsewhere.
   returned: success
   type: bool
   sample: false
@@ -179,6 +181,12 @@ data_directory:
       mount_point: /
       filesystem: ext4
       source: /dev/vda1
+elsewhere:
+  description: The parts of the data directory that a link or a mount puts elsewhere, such as the write-ahead log, each as RV(tablespaces) has it.
+  returned: success
+  type: list
+  elements: dict
+  sample: []
 tablespaces:
   description:
     - Every tablespace. RV(tablespaces[].encryption) is V(ours), V(unknown_key) (encrypted by the kernel, not by this host's store),

@@ -54,6 +54,7 @@ class ProofTarget:
     :param marker: text known to stand in the files, to be searched on the device as well.
     :param control: a file in the clear on the same file system; without it one is looked for.
     :param notes: sentences for the reader (``the server is down, so there was no CHECKPOINT``).
+    :param links: folders of the place whose links lead to places with proofs of their own (``pg_tblspc``).
     """
 
     place: str
@@ -63,6 +64,7 @@ class ProofTarget:
     marker: bytes | None = None
     control: str | None = None
     notes: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -226,14 +228,19 @@ def _belongs(candidate: str, name: str) -> bool:
     return not rest or (rest[0] == "." and rest[1:].isdecimal())
 
 
-def walk(directory: str) -> tuple[list[str], list[str]]:
-    """Every regular file under a directory, and a sentence for each link that leads out of it and each folder not read."""
+def walk(directory: str, links: t.Container[str] = ()) -> tuple[list[str], list[str], list[str]]:
+    """Every regular file under a directory, and a sentence for each link that leads out of it and each folder not read.
+
+    :param links: folders whose links lead to places with proofs of their own.
+    :returns: files, what keeps the place from being called encrypted (part of it lies elsewhere), and notes.
+    """
     files: list[str] = []
-    remarks: list[str] = []
+    doubts: list[str] = []
+    notes: list[str] = []
 
     def unread(exc: OSError) -> None:
         if not isinstance(exc, FileNotFoundError):
-            remarks.append(f"{exc.filename} could not be read: {os.strerror(exc.errno or 0)}.")
+            doubts.append(f"{exc.filename} could not be read: {os.strerror(exc.errno or 0)}.")
 
     for folder, folders, names in os.walk(directory, onerror=unread):
         for name in [*folders, *names]:
@@ -245,8 +252,9 @@ def walk(directory: str) -> tuple[list[str], list[str]]:
             if stat.S_ISREG(mode):
                 files.append(path)
             elif stat.S_ISLNK(mode) and not os.path.realpath(path).startswith(os.path.join(directory, "")):
-                remarks.append(f"{path} leads out of the place, to {os.path.realpath(path)}, which was not looked at.")
-    return sorted(files), remarks
+                said = doubts if folder not in links else notes
+                said.append(f"{path} leads out of the place, to {os.path.realpath(path)}, which was not looked at.")
+    return sorted(files), doubts, notes
 
 
 def prove(
@@ -316,7 +324,8 @@ def _collect(target: ProofTarget, facts: Facts, notes: list[str], canary: bool, 
         return "The kernel was asked for the key; the files were not looked at."
     files = list(target.files)
     if not files:
-        files, remarks = walk(directory)
+        files, doubts, remarks = walk(directory, target.links)
+        facts.problems += doubts
         notes += remarks
     with contextlib.ExitStack() as temporary:
         marker, control, first = target.marker, target.control, None

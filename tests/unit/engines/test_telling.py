@@ -16,12 +16,12 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeEr
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.engines import record as records
 from ansible_collections.hsm.tde.plugins.module_utils.engines import request
-from ansible_collections.hsm.tde.plugins.module_utils.engines.postgresql import gaps, options, server
+from ansible_collections.hsm.tde.plugins.module_utils.engines.postgresql import gaps, info, options, server
 from hypothesis import given
 from hypothesis import strategies as st
 
 PLACE = {"path": "/srv/tde/sealed", "encryption": "ours", "problem": None}
-DATA = {"path": "/var/lib/postgresql/15/main", "encryption": "plain", "problem": None}
+DATA = {"path": "/var/lib/postgresql/15/main", "encryption": "plain", "problem": None, "kernel_key": "present"}
 SLOT = {"name": "primary", "protection": "token", "proved": True}
 
 #: A cluster with one encrypted tablespace, in good order.
@@ -30,6 +30,7 @@ ESTATE: dict[str, t.Any] = {
     "problems": [],
     "server": {"address": "/run", "answers": True, "problem": None, "standbys_attached": 0, "settings": {"archive_mode": "off"}},
     "data_directory": DATA,
+    "elsewhere": [],
     "tablespaces": [
         {**DATA, "name": "pg_default", "path": DATA["path"] + "/base"},
         {**PLACE, "name": "sealed"},
@@ -59,8 +60,22 @@ def test_a_cluster_that_is_encrypted_wholly_has_fewer_gaps() -> None:
     found = " ".join(told(data_directory=whole, tablespaces=[{**whole, "name": "pg_default", "path": "/srv/tde/data/base"}]))
     assert "write-ahead" not in found
     assert "Base backups" in found
-    assert gaps.covered({"data_directory": whole, "tablespaces": [whole]})
+    estate = {"data_directory": whole, "elsewhere": [], "tablespaces": [whole]}
+    assert gaps.covered(estate)
     assert not gaps.covered(ESTATE)
+    assert not gaps.covered({**estate, "elsewhere": [{**DATA, "name": "pg_wal"}]}), "a part of it is in the clear"
+    assert not gaps.covered({**estate, "data_directory": {**whole, "kernel_key": "absent"}}), "its links do not show"
+
+
+def test_parts_of_a_data_directory_that_lie_elsewhere_are_found(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for folder in ("base/5", "pg_tblspc"):
+        (data / folder).mkdir(parents=True)
+    for link in ("pg_wal", "base/5/16384", "pg_tblspc/16385"):
+        (data / link).symlink_to(tmp_path)
+    found = info.elsewhere(str(data), {}, [])
+    assert [(one["name"], one["path"]) for one in found] == [("base/5/16384", str(tmp_path)), ("pg_wal", str(tmp_path))]
+    assert not any(one["encryption"] == "ours" for one in found)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +90,7 @@ def test_a_cluster_that_is_encrypted_wholly_has_fewer_gaps() -> None:
         ({"tablespaces": [{**PLACE, "name": "x", "encryption": "unknown_key"}]}, "a key that this host's store does not hold"),
         ({"tablespaces": [{**PLACE, "name": "x", "encryption": "dm_crypt"}]}, "dm-crypt"),
         ({"tablespaces": [{**PLACE, "name": "x", "encryption": "unknown", "problem": "because"}]}, "could not be established (because)"),
+        ({"elsewhere": [{**DATA, "name": "pg_wal", "path": "/w"}]}, "pg_wal of the data directory lies at /w, which is in the clear"),
         ({"places": [{"path": "/p", "exists": False, "kernel_key": ""}]}, "/p does not show"),
         ({"places": [{"path": "/p", "exists": True, "kernel_key": "absent"}]}, "/p is closed"),
         ({"data_keys": [{"key_id": "k", "keyslots": [SLOT], "formerly": []}]}, "single keyslot (primary)"),

@@ -163,13 +163,18 @@ def test_a_relations_segments_and_forks(tmp_path: Path) -> None:
     assert caught.value.code == "file_absent"
 
 
-def test_links_that_lead_out_are_named(tmp_path: Path) -> None:
+def test_links_that_lead_out_keep_a_place_from_being_called_encrypted(tmp_path: Path) -> None:
     place = tmp_path / "place"
-    (place / "base").mkdir(parents=True)
+    for folder in ("base", "pg_tblspc"):
+        (place / folder).mkdir(parents=True)
     (place / "base/1").write_text("x")
     (place / "inside").symlink_to(place / "base")
     (place / "pg_wal").symlink_to(tmp_path)
-    files, remarks = proof.walk(str(place))
+    (place / "pg_tblspc/16385").symlink_to(tmp_path)
+    files, doubts, notes = proof.walk(str(place), (str(place / "pg_tblspc"),))
     assert files == [str(place / "base/1")]
-    assert len(remarks) == 1
-    assert "pg_wal leads out of the place" in remarks[0]
+    (doubt,), (note,) = doubts, notes
+    assert "pg_wal leads out of the place" in doubt
+    assert "16385 leads out of the place" in note
+    target = proof.ProofTarget("data directory", str(place), None, links=(str(place / "pg_tblspc"),))
+    assert any("pg_wal" in reason for reason in proof.prove(target)["reasons"])

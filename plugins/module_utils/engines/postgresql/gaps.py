@@ -19,9 +19,15 @@ ALWAYS = (
 
 
 def covered(facts: Facts) -> bool:
-    """Whether the data directory and every tablespace are encrypted."""
-    places = [facts["data_directory"], *facts["tablespaces"]]
-    return all(place and place["encryption"] in ("ours", "unknown_key", "dm_crypt") for place in places)
+    """Whether the data directory, what it keeps elsewhere and every tablespace are encrypted.
+
+    A data directory that is closed shows neither its links nor its tablespaces, so nothing is said of it.
+    """
+    directory = facts["data_directory"]
+    places = [directory, *facts["elsewhere"], *facts["tablespaces"]]
+    if not directory or not (directory["encryption"] == "dm_crypt" or directory["kernel_key"] == "present"):
+        return False
+    return all(place["encryption"] in ("ours", "unknown_key", "dm_crypt") for place in places)
 
 
 def sentences(facts: Facts) -> list[str]:
@@ -42,6 +48,7 @@ def _places(facts: Facts) -> t.Iterator[str]:
     }
     directory = facts["data_directory"]
     rows = [(f"The data directory {directory['path']}", directory)] if directory else []
+    rows += [(f"{one['name']} of the data directory lies at {one['path']}, which", one) for one in facts["elsewhere"]]
     rows += [(f"Tablespace {one['name']} ({one['path']})", one) for one in facts["tablespaces"] if not _in_directory(one, directory)]
     for name, place in rows:
         if place["encryption"] in words:

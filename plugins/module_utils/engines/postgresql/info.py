@@ -48,7 +48,7 @@ def encryption(path: str, identifiers: t.Mapping[str, str]) -> Facts:
     :returns: ``path``, ``encryption`` (ours, unknown_key, dm_crypt, plain, unknown), ``key_id``, ``identifier``,
         ``kernel_key``, ``mount``, ``problem``.
     """
-    facts: Facts = {"path": path, "encryption": UNKNOWN, "key_id": None, "identifier": None, "kernel_key": None, "mount": None, "problem": None}
+    facts = _facts(path)
     try:
         mount = mount_of(path)
         facts["mount"] = {"mount_point": mount.mount_point, "filesystem": mount.filesystem, "source": mount.source}
@@ -71,13 +71,45 @@ def encryption(path: str, identifiers: t.Mapping[str, str]) -> Facts:
     return facts
 
 
+def _facts(path: str) -> Facts:
+    """What :func:`encryption` tells, before anything was seen."""
+    return {"path": path, "encryption": UNKNOWN, "key_id": None, "identifier": None, "kernel_key": None, "mount": None, "problem": None}
+
+
+def elsewhere(directory: str, identifiers: t.Mapping[str, str], problems: list[str]) -> list[Facts]:
+    """The parts of a data directory that a link or a mount puts elsewhere (``pg_wal`` first of all), tablespaces aside.
+
+    Below a directory that is encrypted all is, but for these.
+    """
+    found: list[Facts] = []
+    folders = [directory]
+    while folders:
+        folder = folders.pop()
+        try:
+            device = os.stat(folder).st_dev
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    inner = entry.is_dir(follow_symlinks=False)
+                    if entry.is_symlink() or (inner and entry.stat(follow_symlinks=False).st_dev != device):
+                        path = os.path.realpath(entry.path)
+                        facts = encryption(path if os.path.isdir(path) else os.path.dirname(path), identifiers)
+                        found.append({"name": os.path.relpath(entry.path, directory), **facts, "path": path})
+                    elif inner and entry.path != os.path.join(directory, "pg_tblspc"):
+                        folders.append(entry.path)
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            problems.append(f"{folder}: {os.strerror(exc.errno or 0)}")
+    return sorted(found, key=lambda one: str(one["name"]))
+
+
 def _tablespaces(server: look.Server, identifiers: t.Mapping[str, str], problems: list[str]) -> list[Facts]:
     """Every tablespace; of a server that does not answer, those that its data directory links to."""
     found = []
     if server.answer:
         for one in server.answer.tablespaces:
             if one.location == sql.UNKNOWN_LOCATION:
-                problems.append(f"tablespace {one.name}: the server cannot read its link")
+                found.append({"name": one.name, "owner": one.owner, **_facts("?"), "problem": "the server cannot read its link"})
                 continue
             inner = os.path.join(server.answer.data_directory, {"pg_global": "global"}.get(one.name, "base"))
             found.append({"name": one.name, "owner": one.owner, **encryption(os.path.realpath(one.location or inner), identifiers)})
@@ -158,6 +190,7 @@ def collect(engine: Postgresql) -> Facts:
     server = look_at_server(engine, options, problems)
     tablespaces = _tablespaces(server, identifiers, problems)
     data_directory = encryption(os.path.realpath(server.data_directory), identifiers) if server.data_directory else None
+    parts = elsewhere(data_directory["path"], identifiers, problems) if data_directory else []
     known = {key.key_id: key for key in keys}
     places = []
     for place in record.places if record else ():
@@ -189,6 +222,7 @@ def collect(engine: Postgresql) -> Facts:
         "places": places,
         "server": _server(server),
         "data_directory": data_directory,
+        "elsewhere": parts,
         "tablespaces": tablespaces,
         "databases": _databases(server.answer),
         "problems": problems,

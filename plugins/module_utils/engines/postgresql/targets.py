@@ -55,7 +55,8 @@ def proof_targets(engine: Postgresql, wish: ProofWish) -> list[ProofTarget]:
         if not server.data_directory:
             raise TdeError("invalid_option", "is not known while the server is down", obj="option data_directory")
         directory = os.path.realpath(server.data_directory)
-        targets.append(ProofTarget("data directory", directory, identifiers.get(CLUSTER_KEY), notes=tuple(notes)))
+        links = (os.path.join(directory, "pg_tblspc"),)
+        targets.append(ProofTarget("data directory", directory, identifiers.get(CLUSTER_KEY), notes=tuple(notes), links=links))
     for name in wish.tablespaces:
         targets.append(_tablespace(engine, server, name, identifiers, tuple(notes)))
     for name in wish.relations:
