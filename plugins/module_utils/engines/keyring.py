@@ -15,9 +15,10 @@ from ..common.errors import TdeError
 from ..common.journal import Journal
 from ..common.plan import Handlers, Plan, Step
 from ..keystore import recorded
+from ..keystore.passphrase import check_length
 from ..keystore.store import KeyStore, PassphraseCredential, PassphraseSlot, TokenCredential, TokenSlot
 from ..pkcs11.envelope import COMPANION, load_kek
-from ..pkcs11.kek import create_kek
+from ..pkcs11.kek import check_kek, create_kek
 from ..pkcs11.keys import KeyRef
 from ..pkcs11.library import load
 from ..pkcs11.registry import Registry
@@ -177,15 +178,16 @@ class Keyring:
             found.append(Wanted(wish.name, TOKEN, token, current_label(self.request.cluster, token, self.keys, self.keks)))
         return found
 
-    def log_in(self, wanted: t.Iterable[Wanted]) -> None:
+    def log_in(self, wanted: t.Iterable[Wanted], *, needed: bool = False) -> None:
         """Log in where a PIN was given, and see that the master keys which must exist do; each token once.
 
+        :param needed: the plan cannot do without: a PIN that was not given is an error.
         :raises TdeError: ``key_unreachable``, and what the login answers.
         """
         for one in wanted:
             access = self.wish(one.name).access
             index = (one.token, one.kek_label)
-            if not (one.token and access and access.pin) or index in self._checked or one.token in self._coming:
+            if not (one.token and access and (access.pin or needed)) or index in self._checked or one.token in self._coming:
                 continue
             with open_session(access, self.request.state) as session:
                 if remembered(one.kek_label, one.token, self.keys, self.keks):
@@ -252,7 +254,11 @@ class Keyring:
         for name in dict.fromkeys(names):
             self._demand(name)
         self._not_of_another_cluster(plan)
-        self.log_in(one for one in self.wanted() if one.name in names)
+        self.log_in((one for one in self.wanted() if one.name in names), needed=True)
+        for step in plan:
+            if step.action == "create_kek":
+                with open_session(established(self.wish(step.data["name"]).access, "the token"), self.request.state) as session:
+                    check_kek(session, step.data["kek_label"], registry=self.registry, journal=self.journal)
         if any(step.action == "create_data_key" for step in plan):
             self.same_passphrases()
         needed = [step.data["key_id"] for step in plan if step.action in ("add_keyslot", "remove_keyslot", "add_kernel_key")]
@@ -275,6 +281,8 @@ class Keyring:
         wish = self.wish(name)
         if wish.protection == PASSPHRASE and not self._passphrase(wish):
             raise TdeError("credential_missing", "its passphrase was not given", obj=f"keyslot {name}", next_step="Set passphrase in keyslots.")
+        if wish.protection == PASSPHRASE:
+            check_length(PassphraseSlot(name, self._passphrase(wish)))
         if wish.protection == TOKEN and wish.access is None:
             raise TdeError("credential_missing", "no token was named", obj=f"keyslot {name}", next_step="Set library, token_label and pin.")
 

@@ -179,6 +179,20 @@ def _kdf(slot: Keyslot) -> Kdf:
     return kdf
 
 
+def check_length(wish: PassphraseSlot) -> None:
+    """Refuse a passphrase that no new keyslot may have.
+
+    :raises TdeError: ``passphrase_length``.
+    """
+    if len(wish.passphrase.text()) < MIN_CHARACTERS or len(wish.passphrase) > MAX_BYTES:
+        raise TdeError(
+            "passphrase_length",
+            f"must have at least {MIN_CHARACTERS} characters and at most {MAX_BYTES} bytes",
+            obj=wish.words(),
+            next_step="Choose one that cannot be guessed: whoever copies the file can try offline.",
+        )
+
+
 class _Passphrase:
     def check(self, slot: Keyslot) -> None:
         _kdf(slot)
@@ -188,14 +202,7 @@ class _Passphrase:
         unb64(slot.blob["verifier"], "verifier")
 
     def wrap(self, wish: PassphraseSlot, key: bytes, context: bytes, state: StateDirectory) -> Wrapped:
-        characters = len(wish.passphrase.text())
-        if characters < MIN_CHARACTERS or len(wish.passphrase) > MAX_BYTES:
-            raise TdeError(
-                "passphrase_length",
-                f"must have at least {MIN_CHARACTERS} characters and at most {MAX_BYTES} bytes",
-                obj=wish.words(),
-                next_step="Choose one that cannot be guessed: whoever copies the file can try offline.",
-            )
+        check_length(wish)
         kdf = wish.kdf or default_kdf()
         if not kdf.sound():
             raise TdeError("invalid_option", f"{kdf.name} with {kdf.fields()} is outside the bounds", obj=wish.words())

@@ -53,6 +53,32 @@ def create_kek(
     :raises TdeError: ``key_unreachable``; ``key_foreign``: the token has a key of the label that this host did not make;
         ``key_ambiguous``, ``key_not_protected``, ``kek_unfit``, ``mechanism_unsupported``; what the token answered.
     """
+    standing = _standing(session, label, registry, journal, replace_lost)
+    for id_ in standing.lost:
+        _forget(session, KeyRef(label, id_), registry, journal, cluster)
+    if standing.made:
+        return standing.made
+    begun = standing.begun
+    return _complete(session, KeyRef(label, begun or os.urandom(_ID_BYTES)), bool(begun), cluster, registry, journal)
+
+
+def check_kek(session: Session, label: str, *, registry: Registry, journal: Journal) -> None:
+    """Refuse, before anything is done, a label under which :func:`create_kek` would refuse to make a KEK.
+
+    :raises TdeError: as :func:`create_kek`, for what stands in the token.
+    """
+    _standing(session, label, registry, journal, replace_lost=False)
+
+
+class _Standing(t.NamedTuple):
+    """What there is of a KEK: the one that was made, the id of one that was begun, the ids of those that were lost."""
+
+    made: KeyRef | None
+    begun: bytes | None
+    lost: list[bytes]
+
+
+def _standing(session: Session, label: str, registry: Registry, journal: Journal, replace_lost: bool) -> _Standing:
     token = session.token
     listed = find(session, label, cls="secret")
     by_id = {info.id: info for info in listed}
@@ -62,8 +88,6 @@ def create_kek(
     lost = [id_ for id_ in named if id_ not in by_id]
     if lost and not replace_lost:
         raise unreachable(f"{KeyRef(label, lost[0])} in {token}")
-    for id_ in lost:
-        _forget(session, KeyRef(label, id_), registry, journal, cluster)
     begun = _begun(journal, session, label)
     ours = [id_ for id_ in named if id_ in by_id]
     foreign = [info for info in listed if info.id not in (*ours, begun)]
@@ -79,8 +103,8 @@ def create_kek(
     if ours and begun != ours[0]:
         ref = KeyRef(label, ours[0])
         check_fit(by_id[ref.id], f"{ref} in {token}")
-        return ref
-    return _complete(session, KeyRef(label, begun or os.urandom(_ID_BYTES)), bool(begun), cluster, registry, journal)
+        return _Standing(ref, None, lost)
+    return _Standing(None, begun, lost)
 
 
 def _complete(session: Session, ref: KeyRef, resumed: bool, cluster: str, registry: Registry, journal: Journal) -> KeyRef:
