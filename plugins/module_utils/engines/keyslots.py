@@ -163,9 +163,13 @@ def _words(slot: Wanted | Slot) -> str:
 
 def add(key_id: str, wanted: Wanted, why: str) -> Plan:
     """The steps that add and prove a keyslot."""
-    obj = f"keyslot {wanted.name} of data key {key_id}"
+    prove = _prove(key_id, wanted)
+    return [Step("add_keyslot", prove.obj, why, prove.data), prove]
+
+
+def _prove(key_id: str, wanted: Wanted) -> Step:
     data = {"key_id": key_id, "name": wanted.name, "kek_label": wanted.kek_label}
-    return [Step("add_keyslot", obj, why, data), Step("prove_keyslot", obj, "before anything rests on it", data)]
+    return Step("prove_keyslot", f"keyslot {wanted.name} of data key {key_id}", "before anything rests on it", data)
 
 
 def remove(key_id: str, slot: Slot, why: str) -> Step:
@@ -193,6 +197,7 @@ def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool
     names = {one.name for one in wanted}
     for key in keys:
         gone: list[Slot] = []
+        kept: Plan = []
         for one in wanted:
             there = key.named(one.name)
             keep = _best([slot for slot in there if _fits(slot, one)])
@@ -202,13 +207,14 @@ def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool
                 # What was never proved gives way to the addition by itself.
                 gone += [slot for slot in there if slot.proved]
                 continue
-            if keep.proved is None:
-                additions.append(add(key.key_id, one, "")[1])
+            (additions if keep.proved is None else kept).append(_prove(key.key_id, dataclasses.replace(one, kek_label=keep.kek_label)))
             gone += [slot for slot in there if slot.uid != keep.uid]
         removals += [remove(key.key_id, slot, "another of its name takes its place") for slot in gone]
         if exclusive:
             others = [slot for slot in key.slots if slot.name not in names]
             removals += [remove(key.key_id, slot, "is not listed and keyslots_exclusive is set") for slot in others]
+            # What was proved once may open nothing by now: its KEK may be gone, its passphrase forgotten.
+            additions += kept if others else []
             # Whether there was more than one before cannot be asked: an interrupted run may have added the one wished for.
             if others and len(names) == 1 and not no_recovery:
                 raise recovery_missing(f"data key {key.key_id}", "only one keyslot would be left")

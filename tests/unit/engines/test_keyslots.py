@@ -237,6 +237,17 @@ def test_a_master_key_that_a_keyslot_names_is_never_made_anew() -> None:
     assert keyslots.master_keys(keys, [], wanted, steps) == []
 
 
+def test_the_others_go_only_after_what_is_kept_was_proved_in_the_same_run() -> None:
+    slots = (token_slot("primary", DEMO, "hsm-tde.main", "p"), Slot("recovery", "r", keyslots.PASSPHRASE, NOW, NOW))
+    key = Key("cluster", "00", slots)
+    kept = [Wanted("primary", keyslots.TOKEN, DEMO, "hsm-tde.main")]
+    steps = keyslots.change([key], kept, exclusive=True, no_recovery=True)
+    assert [(step.action, step.data["name"]) for step in steps] == [("prove_keyslot", "primary"), ("remove_keyslot", "recovery")]
+    assert steps[0].data["kek_label"] == "hsm-tde.main"
+    settled = dataclasses.replace(key, slots=slots[:1])
+    assert keyslots.change([settled], kept, exclusive=True, no_recovery=True) == []
+
+
 def test_a_new_data_key_wants_two_keyslots_or_the_word() -> None:
     one = [Wanted("primary", keyslots.PASSPHRASE)]
     with pytest.raises(TdeError) as caught:
