@@ -3,7 +3,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.collections
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: setup demo demo-clean test test-all gates bench docs
+.PHONY: setup demo demo-clean watched-demo test test-all gates molecule bench docs
 
 setup:
 	@.ci/setup
@@ -13,6 +13,15 @@ demo: setup
 
 demo-clean: setup
 	ansible-playbook -i localhost, playbooks/demo_clean.yml
+
+watched-demo: setup
+	python tests/tools/watch_secrets.py --secrets /var/lib/hsm-tde-demo/secrets \
+	    --look /var/lib/hsm-tde-demo --look /tmp --look /var/tmp --look /var/log --look $(HOME)/.ansible -- \
+	    ansible-playbook -vvv -i localhost, playbooks/demo.yml
+
+molecule: setup
+	molecule test --scenario-name default
+	molecule test --scenario-name packaged
 
 test: setup
 	@.ci/test
