@@ -17,13 +17,14 @@ from ..common.journal import Journal
 from ..common.plan import Plan, Step, run
 from ..common.secret import Secret
 from ..common.state import StateDirectory
-from ..pkcs11.kek import create_kek
+from ..pkcs11.kek import check_kek, create_kek
 from ..pkcs11.keys import KeyRef
 from ..pkcs11.library import load
 from ..pkcs11.registry import Registry, same_serial
 from ..pkcs11.token import TokenAccess, find, open_session
 from .format import Document, Keyslot
 from .keyfile import sweep
+from .passphrase import check_length
 from .secretfile import SecretFile, note_unwrapped
 from .store import PassphraseSlot, Slot, TokenCredential, TokenSlot, document_facts
 
@@ -221,6 +222,7 @@ class SecretService:
         """
         steps = plan(self.inspect(), self.wish, self.file.file.identity.words())
         if not self.check:
+            self._ready(steps)
             run(
                 steps,
                 {
@@ -234,6 +236,28 @@ class SecretService:
                 },
             )
         return steps
+
+    def _ready(self, steps: Plan) -> None:
+        """Refuse, before the first step, what would stop the plan half-way.
+
+        :raises TdeError: ``passphrase_length``, what a login answers and what :func:`create_kek` refuses.
+        """
+        new: set[str] = set()
+        for step in steps:
+            if step.action in ("create_secret", "replace_secret"):
+                new.update(step.data["slots"])
+            elif step.action == "add_keyslot":
+                new.add(step.data["name"])
+        for one in self.wish.slots:
+            if one.passphrase and one.name in new:
+                check_length(PassphraseSlot(one.name, one.passphrase))
+        for step in steps:
+            if step.action == "create_kek":
+                with open_session(self._access(step.data["name"]), self.state) as session:
+                    check_kek(session, self.wish.kek_label, registry=self._registry, journal=Journal(self.state.journal))
+
+    def _access(self, name: str) -> TokenAccess:
+        return t.cast(TokenAccess, next(one.access for one in self.wish.slots if one.name == name))
 
     def facts(self) -> dict[str, t.Any]:
         """Public facts of the file as it is now; empty if there is none."""
@@ -279,7 +303,7 @@ class SecretService:
         return self.file.file.find(TokenSlot(one.name, one.access, kek)) if kek else None
 
     def _create_kek(self, name: str) -> None:
-        access = t.cast(TokenAccess, next(one.access for one in self.wish.slots if one.name == name))
+        access = self._access(name)
         with open_session(access, self.state, rw=True) as session:
             # From now on a token that does not show is unreachable, whoever initialised it.
             self._registry.remember_token(session.token.label, session.token.serial, access.library.path)

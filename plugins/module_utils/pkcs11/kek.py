@@ -14,7 +14,7 @@ import typing as t
 
 from ..common.errors import TdeError
 from . import make
-from .blob import CBC_HMAC, GCM, IV_BYTES, MAC_BYTES
+from .blob import CBC_HMAC, GCM, IV_BYTES, MAC_BYTES, TAG_BITS
 from .envelope import COMPANION, Kek, check_fit, load_kek
 from .errors import ckr_of, translated
 from .keys import KeyInfo, KeyRef, find, unreachable
@@ -40,6 +40,10 @@ _GONE = (
 )
 
 
+#: Answers of a token that lacks a mechanism.
+_LACKING = ("CKR_MECHANISM_INVALID", "CKR_MECHANISM_PARAM_INVALID", "CKR_FUNCTION_NOT_SUPPORTED")
+
+
 def create_kek(
     session: Session, label: str, *, cluster: str, registry: Registry, journal: Journal, replace_lost: bool = False
 ) -> KeyRef:
@@ -63,11 +67,58 @@ def create_kek(
 
 
 def check_kek(session: Session, label: str, *, registry: Registry, journal: Journal) -> None:
-    """Refuse, before anything is done, a label under which :func:`create_kek` would refuse to make a KEK.
+    """Refuse, before anything is done, what :func:`create_kek` would refuse: a label that is taken, a token that cannot.
 
-    :raises TdeError: as :func:`create_kek`, for what stands in the token.
+    :raises TdeError: as :func:`create_kek`.
     """
-    _standing(session, label, registry, journal, replace_lost=False)
+    if not _standing(session, label, registry, journal, replace_lost=False).made:
+        _check_mechanisms(session)
+
+
+def _check_mechanisms(session: Session) -> None:
+    """Try the mechanisms with keys that end with the session.
+
+    A token that makes no such keys is not refused here: the KEK itself will tell.
+    """
+    from pkcs11 import Attribute, KeyType, Mechanism
+    from pkcs11.mechanisms import GCMParams
+
+    def key(kind: KeyType, *usage: Attribute) -> t.Any:
+        template = {**dict.fromkeys(usage, True), Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False}
+        return session.raw.generate_key(kind, 256, store=False, capabilities=0, template=template)
+
+    def gcm() -> None:
+        aes.encrypt(b"data", mechanism=Mechanism.AES_GCM, mechanism_param=GCMParams(bytes(IV_BYTES[GCM]), b"", TAG_BITS))
+
+    def answer(act: t.Callable[[], t.Any]) -> str:
+        """The failure's CKR_ name, empty if there was none."""
+        try:
+            act()
+        except Exception as exc:
+            _raise_if_gone(exc, str(session.token))
+            return ckr_of(exc) or ""
+        return ""
+
+    try:
+        aes = key(KeyType.AES, Attribute.ENCRYPT, Attribute.DECRYPT)
+    except Exception as exc:
+        _raise_if_gone(exc, str(session.token))
+        return
+    refused = answer(gcm)
+    if not refused:
+        return
+    others = (
+        lambda: aes.encrypt(b"data", mechanism=Mechanism.AES_CBC_PAD, mechanism_param=bytes(IV_BYTES[CBC_HMAC])),
+        lambda: key(KeyType.GENERIC_SECRET, Attribute.SIGN).sign(b"data", mechanism=Mechanism.SHA256_HMAC),
+    )
+    for answered in map(answer, others):
+        if answered in _LACKING:
+            raise TdeError(
+                "mechanism_unsupported",
+                f"AES-GCM answered {refused}, and AES-CBC with padding or HMAC-SHA256 {answered}",
+                obj=str(session.token),
+                details={"ckr": answered},
+            )
 
 
 class _Standing(t.NamedTuple):
@@ -182,20 +233,20 @@ def _gcm_works(kek: Kek) -> bool:
         if kek.decrypt(GCM, iv, ciphertext, b"right") != data or data in ciphertext:
             return False
     except Exception as exc:
-        _raise_if_gone(exc, kek)
+        _raise_if_gone(exc, kek.obj)
         return False
     try:
         kek.decrypt(GCM, iv, ciphertext, b"wrong")
     except Exception as exc:
-        _raise_if_gone(exc, kek)
+        _raise_if_gone(exc, kek.obj)
         return True
     return False
 
 
-def _raise_if_gone(exc: Exception, kek: Kek) -> None:
+def _raise_if_gone(exc: Exception, obj: str) -> None:
     ckr = ckr_of(exc)
     if ckr is None or ckr in _GONE:
-        with translated(kek.obj):
+        with translated(obj):
             raise exc
 
 
@@ -208,7 +259,7 @@ def _probe_cbc(kek: Kek) -> None:
     except TdeError:
         raise
     except Exception as exc:
-        _raise_if_gone(exc, kek)
+        _raise_if_gone(exc, kek.obj)
         raise TdeError(
             "mechanism_unsupported",
             f"AES-CBC with padding, or HMAC-SHA256, answered {ckr_of(exc)}",
