@@ -1,0 +1,296 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""A task in a process of its own that is killed, and the look at the host afterwards.
+
+The process is a fork of the test's, which has imported everything and loaded no PKCS#11 library: it begins to work at
+once, so that random moments fall into the work and not into Python's start.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import importlib
+import os
+import pickle
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing as t
+from pathlib import Path
+
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
+from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import Credential, KeyStore
+from ansible_collections.hsm.tde.tests.integration import support
+
+#: What a task does; gives its public result.
+Task = t.Callable[[], dict[str, t.Any]]
+
+#: The orphans of a killed task may still be at work: these answers say so, and that it must be run again.
+_WAIT_CODES = ("busy", "place_in_use")
+_WAIT_SECONDS = 30.0
+
+
+def task(module: str, arguments: t.Mapping[str, t.Any], *, check: bool = False) -> Task:
+    """A module's work on its options, validated as Ansible does; without Ansible around it."""
+    found = importlib.import_module(f"ansible_collections.hsm.tde.plugins.modules.{module}")
+    validated = ArgumentSpecValidator(found.SPEC).validate(dict(arguments))
+    assert not validated.error_messages, validated.error_messages
+    stub = types.SimpleNamespace(params=validated.validated_parameters, check_mode=check, warn=lambda text: None)
+    return lambda: t.cast("dict[str, t.Any]", found.act(stub))
+
+
+class Process:
+    """A forked process at a task.
+
+    :param traced: wait for :meth:`go`.
+    """
+
+    def __init__(self, work: Task, *, traced: bool = False) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._answer, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
+        gate, self._gate = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _child(work, writer, gate)
+        # A group of its own: the processes that a kill of all takes with it.
+        os.setpgid(self.pid, self.pid)
+        os.close(writer)
+        os.close(gate)
+        self._fd = os.pidfd_open(self.pid)
+        if not traced:
+            self.go()
+
+    def go(self) -> None:
+        os.write(self._gate, b"g")
+
+    def ended(self, seconds: float) -> bool:
+        """Wait for its end; :returns: whether it has ended."""
+        return bool(select.select([self._fd], [], [], max(0.0, seconds))[0])
+
+    def kill(self, group: bool) -> None:
+        """SIGKILL; :param group: to the programs that it has started, too."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+
+    def result(self) -> dict[str, t.Any] | None:
+        """What it answered, None if it was killed. What it raised is raised."""
+        self.ended(120)
+        # Its orphans hold the pipe open: only what is there is read.
+        os.set_blocking(self._answer, False)
+        raw = b""
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self._answer, 1 << 20):
+                raw += part
+        for fd in (self._answer, self._gate, self._fd):
+            os.close(fd)
+        _pid, status = os.waitpid(self.pid, 0)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return None
+        kind, value = pickle.loads(raw)  # noqa: S301 - written by our own child
+        if kind == "tde":
+            raise TdeError(value.pop("code"), value.pop("message"), **value)
+        assert kind == "result", value
+        return t.cast("dict[str, t.Any]", value)
+
+
+def _child(work: Task, writer: int, gate: int) -> t.NoReturn:
+    code = 1
+    try:
+        os.read(gate, 1)
+        try:
+            answer: tuple[str, t.Any] = ("result", work())
+        except TdeError as exc:
+            fields = ("code", "message", "obj", "kept", "next_step", "details")
+            answer = ("tde", {field: getattr(exc, field) for field in fields})
+        except BaseException:
+            import traceback
+
+            answer = ("other", traceback.format_exc())
+        os.write(writer, pickle.dumps(answer))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def run(work: Task) -> dict[str, t.Any]:
+    """Run a task to its end; while orphans of a killed one are at work, wait for them."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            done = Process(work).result()
+        except TdeError as exc:
+            if exc.code not in _WAIT_CODES or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+            continue
+        assert done is not None
+        return done
+
+
+class Kills:
+    """Tasks of one workflow, each begun, killed and finished by a second run.
+
+    :ivar found: how many second runs began with which act: what the kills left to do.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.killed = self.ended = 0
+        self.found: dict[str, int] = {}
+
+    def begin(self, work: Task) -> None:
+        """Begin a task and kill it."""
+        if self._begin(work):
+            self.killed += 1
+        else:
+            self.ended += 1
+
+    def _begin(self, work: Task) -> bool:
+        """:returns: whether it was killed before its end."""
+        raise NotImplementedError
+
+    def finish(self, work: Task) -> None:
+        """The second run."""
+        result = run(work)
+        first = result["plan"][0]["action"] if result["plan"] else "nothing"
+        self.found[first] = self.found.get(first, 0) + 1
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{action} {count}" for action, count in sorted(self.found.items(), key=lambda one: -one[1]))
+        return f"{self.name}: {self.killed} killed, {self.ended} ended before; second runs began with: {found}"
+
+
+class AtRandom(Kills):
+    """Killed at a random moment of the time that a run takes; the first one is measured."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        super().__init__(f"{name}, seed {seed}")
+        self._chance = random.Random(seed)
+        self._seconds = 0.0
+
+    def _begin(self, work: Task) -> bool:
+        moment, group = self._chance.uniform(0, self._seconds) if self._seconds else 120.0, self._chance.random() < 0.5
+        began = time.monotonic()
+        process = Process(work)
+        if not process.ended(moment):
+            process.kill(group)
+        if process.result() is None:
+            return True
+        # It was quicker than it was thought to be.
+        self._seconds = time.monotonic() - began
+        return False
+
+    def finish(self, work: Task) -> None:
+        began = time.monotonic()
+        super().finish(work)
+        self._seconds = max(self._seconds, time.monotonic() - began)
+
+
+#: What changes something, or asks a server to: before each of them is a moment of its own.
+_CALLS = "write,fsync,ftruncate,fallocate,renameat,linkat,unlinkat,fchown,fchmod,sendto,clone,vfork"
+
+
+class AtCalls(Kills):
+    """Killed at every n-th system call that changes something, from the first one to the last.
+
+    :param first: which one to begin with.
+    """
+
+    def __init__(self, name: str, every: int, first: int) -> None:
+        super().__init__(f"{name}, before each {every}th of its calls")
+        self._every, self._number = every, first
+
+    def _begin(self, work: Task) -> bool:
+        process = Process(work, traced=True)
+        inject = f"inject={_CALLS}:signal=SIGKILL:when={self._number}"
+        tracer = subprocess.Popen(
+            ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={_CALLS}", "-e", inject, "-p", str(process.pid)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            while "TracerPid:\t0\n" in Path(f"/proc/{process.pid}/status").read_text():
+                assert tracer.poll() is None, "strace could not attach"
+                time.sleep(0.002)
+            self._number += self._every
+            process.go()
+            return process.result() is None
+        finally:
+            tracer.wait(30)
+
+
+# --- the look from outside
+
+
+def opened(state: Path, *ways: t.Sequence[Credential]) -> dict[str, bytes]:
+    """Every data key of the cluster ``main``, which each way opens alike, in a fresh process.
+
+    :param ways: each some credentials, of which one opens a key.
+    """
+
+    def act() -> list[dict[str, bytes]]:
+        store = KeyStore(StateDirectory(str(state)), "main")
+        key_ids = store.key_ids()
+        return [{name: key.reveal() for name, key in store.open_keys(key_ids, way).items()} for way in ways]
+
+    found = support.in_child(act)
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
+def no_leftovers(*folders: Path) -> None:
+    """No temporary or half-made file is anywhere in the folders."""
+    found = [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.name.endswith((".tmp", ".new")) or ".candidate." in path.name
+    ]
+    assert found == []
+
+
+def no_secret(secrets: t.Iterable[bytes], folder: Path, *, but: t.Collection[Path] = ()) -> None:
+    """No secret stands in a file of a folder, as it is, in hex or in base64.
+
+    :param but: files that hold one on purpose, and folders that are not looked into.
+    """
+    needles = forms(secrets)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and not any(one == path or one in path.parents for one in but):
+            no_needle(needles, path)
+
+
+def forms(secrets: t.Iterable[bytes]) -> list[bytes]:
+    """Secrets as they would stand in a file."""
+    return [form for one in secrets for form in (one, one.hex().encode(), base64.b64encode(one).rstrip(b"="))]
+
+
+def no_needle(needles: t.Sequence[bytes], path: Path) -> None:
+    """None of some byte strings stands in a file."""
+    content = path.read_bytes()
+    assert not any(needle in content for needle in needles), f"{path} holds a secret"
+
+
+def one_loop_device(image: Path) -> None:
+    """The image is attached once; other programs that ask all devices may hold a second for a moment."""
+    deadline = time.monotonic() + 5
+    while True:
+        found = subprocess.run(
+            ["losetup", "-nO", "NAME", "-j", str(image)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        if len(found) == 1 or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    assert len(found) == 1, found
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if line.split()[0] == found[0]]
+    assert len(mounts) == 1, mounts

@@ -1,0 +1,102 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Whole workflows killed with SIGKILL at random moments, then run again: the wished state, the data, and no secret left.
+
+The tasks run as forked processes (:mod:`killing`); half of the kills take the programs that they started with them,
+the others leave these as orphans. What is done to a cluster that is there, is done while pgbench works on it: no
+transaction fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import typing as t
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
+from ansible_collections.hsm.tde.tests.integration import killing
+from ansible_collections.hsm.tde.tests.integration.estate import usable
+from ansible_collections.hsm.tde.tests.integration.workflows import (
+    Creation,
+    Move,
+    PinChange,
+    ProtectionChange,
+    Rotation,
+    Town,
+    destroy,
+)
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(not usable(), reason="needs root, PostgreSQL, SoftHSM and loop devices")]
+
+#: Kills of each workflow.
+FEW, MANY = 8, 50
+#: Another one meets other moments; it is printed with what was found.
+SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
+#: The exact moments: each n-th of a workflow's calls, 1 for all, which takes an hour.
+EVERY = int(os.environ.get("HSM_TDE_KILL_EVERY", "16"))
+
+WORKFLOWS = [Creation, Rotation, PinChange, ProtectionChange, Move]
+
+
+@pytest.fixture(scope="module")
+def home() -> t.Iterator[Path]:
+    """A folder in memory where there is one, so that most of the time measured is not the disk's syncing."""
+    # Half a second of scrypt for each look at a keyslot would be most of the rest.
+    cheap = mock.patch.object(passphrase, "default_kdf", return_value=passphrase.Scrypt(log_n=10))
+    path = Path(tempfile.mkdtemp(prefix="hsm-tde-kill.", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    path.chmod(0o755)
+    try:
+        with cheap:
+            yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def town(home: Path) -> t.Iterator[Town]:
+    """The host of all workflows but the creation."""
+    made = Town(home / "town")
+    try:
+        yield made
+    finally:
+        destroy(made)
+
+
+@pytest.fixture
+def workflow(request: pytest.FixtureRequest, home: Path) -> t.Any:
+    """The workflow that the test is about."""
+    return Creation(home / "new") if request.param is Creation else request.param(request.getfixturevalue("town"))
+
+
+def work_on(workflow: t.Any, kills: killing.Kills, enough: t.Callable[[], bool]) -> None:
+    """Kill and finish a workflow's tasks until it is enough, and say what was met."""
+    with workflow.town.load() if hasattr(workflow, "town") else contextlib.nullcontext():
+        try:
+            while not enough():
+                workflow.once(kills)
+        finally:
+            print(kills)
+    workflow.end()
+
+
+@pytest.mark.parametrize("count", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workflow", WORKFLOWS, indirect=True)
+def test_killed_at_random_moments(workflow: t.Any, count: int) -> None:
+    kills = killing.AtRandom(workflow.name, SEED)
+    work_on(workflow, kills, lambda: kills.killed >= count)
+    assert len(kills.found) > 1, "every kill left the same to do"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workflow", WORKFLOWS, indirect=True)
+def test_killed_before_calls_that_change_something(workflow: t.Any) -> None:
+    if isinstance(workflow, Creation):
+        workflow.fill = False
+    kills = killing.AtCalls(workflow.name, EVERY, 1 + SEED % EVERY)
+    work_on(workflow, kills, lambda: kills.ended > 0)
+    assert kills.killed > 1, "no call was met"
