@@ -20,6 +20,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.respawn import has_respawned, respawn_module
 
 from .errors import TdeError
+from .secret import no_core_dumps
 
 #: Where the role prerequisites puts the target's environment; used when the interpreter in use lacks a library.
 TARGET_PYTHON = "/opt/hsm-tde/venv/bin/python"
@@ -229,6 +230,9 @@ def run_module(
         module.exit_json(changed=not read_only, prepared=False, error_code=problem.code)
     if problem:
         module.fail(problem)
+    if os.geteuid() == 0:
+        # Anybody else would lose sight of the own /proc/self with it (proc(5)).
+        no_core_dumps()
     try:
         result = act(module)
     except TdeError as error:

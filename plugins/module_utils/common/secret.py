@@ -80,15 +80,21 @@ def secret_from_option(name: str, value: t.Any) -> Secret | None:
     return Secret(value)
 
 
+def no_core_dumps() -> bool:
+    """A crash, of a vendor's library for one, leaves no image of the memory on the disk. :returns: whether the process is undumpable."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The limit alone does not hold where the kernel pipes core dumps to a program (core(5)).
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
+
+
 def harden_process() -> list[str]:
     """Core dumps off, not dumpable, memory locked as far as the host allows.
 
     :returns: a sentence for each protection that could not be had (containers often lack the right).
     """
     warnings = []
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+    if not no_core_dumps():
         warnings.append("the process could not be made undumpable")
     if not _unlimited() or libc.mlockall(_MCL_CURRENT_FUTURE) != 0:
         warnings.append("memory could not be locked: secrets may reach swap space")

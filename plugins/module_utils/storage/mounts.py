@@ -56,6 +56,7 @@ class RawDevice(t.NamedTuple):
     :ivar layers: from the file system's device downwards, in words.
     :ivar crypt: the first dm-crypt device among them (it, or the file system's own, shows plain text that the
         disk does not hold), or None.
+    :ivar crypt_whole: every way down to a disk leads through dm-crypt: one leg of a mirror or volume group is not enough.
     """
 
     number: tuple[int, int]
@@ -63,6 +64,7 @@ class RawDevice(t.NamedTuple):
     layers: tuple[str, ...] = ()
     crypt: str | None = None
     reason: str = ""
+    crypt_whole: bool = False
 
 
 def _unescape(field: str) -> str:
@@ -173,8 +175,8 @@ def device_layers(number: tuple[int, int], sysfs: str = "/sys") -> RawDevice:
     if node is None:
         return RawDevice(number, None, reason=f"sysfs does not know the block device {number[0]}:{number[1]}")
     layers: list[str] = []
-    crypt = _descend(number, sysfs, layers, set())
-    return RawDevice(number, node, tuple(layers), crypt)
+    crypt, whole = _descend(number, sysfs, layers, {})
+    return RawDevice(number, node, tuple(layers), crypt, crypt_whole=whole)
 
 
 def _read(path: str) -> str | None:
@@ -192,11 +194,13 @@ def _device_node(number: tuple[int, int], sysfs: str) -> str | None:
     return None
 
 
-def _descend(number: tuple[int, int], sysfs: str, layers: list[str], seen: set[tuple[int, int]]) -> str | None:
-    """Note a device and those under it; :returns: the first dm-crypt device met."""
+def _descend(
+    number: tuple[int, int], sysfs: str, layers: list[str], seen: dict[tuple[int, int], bool]
+) -> tuple[str | None, bool]:
+    """Note a device and those under it; :returns: the first dm-crypt device met, and whether every way down meets one."""
     if number in seen:
-        return None
-    seen.add(number)
+        return None, seen[number]
+    seen[number] = False
     folder = os.path.realpath(f"{sysfs}/dev/block/{number[0]}:{number[1]}")
     node = _device_node(number, sysfs) or f"{number[0]}:{number[1]}"
     backing = _read(f"{folder}/loop/backing_file")
@@ -213,7 +217,6 @@ def _descend(number: tuple[int, int], sysfs: str, layers: list[str], seen: set[t
             below.append((int(major), int(minor)))
     if backing and os.path.exists(backing):
         below.append(mount_of(backing).device)
-    for deeper in below:
-        found = _descend(deeper, sysfs, layers, seen)
-        crypt = crypt or found
-    return crypt
+    deeper = [_descend(one, sysfs, layers, seen) for one in below]
+    seen[number] = crypt is not None or (bool(deeper) and all(whole for _found, whole in deeper))
+    return crypt or next((found for found, _whole in deeper if found), None), seen[number]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
+import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import mask, not_text
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +56,19 @@ def test_a_secret_that_yaml_read_as_a_number_is_found_by_its_path():
     assert not_text(SPEC, {"pin": 1234}) == "pin"
     assert not_text(SPEC, {"keyslots": [{"passphrase": "a"}, {"passphrase": 1}]}) == "keyslots[1].passphrase"
     assert not_text(SPEC, {"pin": "1234", "slot_id": 3}) is None
+
+
+#: A module that tells whether its process could be dumped (prctl(2), PR_GET_DUMPABLE is 3).
+DUMPS = """
+import ctypes, resource
+from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import run_module
+run_module(lambda module: {"dumps": [*resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)]}, {})
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: modules run as root")
+def test_a_crash_of_a_vendors_library_leaves_no_core_dump_with_the_pin():
+    given_args = json.dumps({"ANSIBLE_MODULE_ARGS": {"_ansible_remote_tmp": "/tmp"}})
+    shell = ["prlimit", "--core=unlimited", sys.executable, "-c", DUMPS]
+    done = subprocess.run(shell, input=given_args, capture_output=True, text=True, check=True, env={**os.environ})
+    assert json.loads(done.stdout)["dumps"] == [0, 0, 0]

@@ -233,7 +233,7 @@ def test_debians_list_of_clusters() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["main", "15/", "/main", "15/main/x", "15/../../etc", "x/main"])
+@pytest.mark.parametrize("name", ["main", "15/", "/main", "15/main/x", "15/../../etc", "15/..", "../x", "x/main"])
 def test_a_packaged_cluster_by_a_name_that_is_none(name: str) -> None:
     with pytest.raises(TdeError) as caught:
         server.split_cluster(name)

@@ -102,6 +102,18 @@ def test_a_partition_has_its_disk_and_no_crypt(sysfs: Sysfs) -> None:
     assert (found.node, found.layers, found.crypt) == ("/dev/sda1", ("/dev/sda1", "/dev/sda"), None)
 
 
+def test_a_mirror_with_one_leg_in_the_clear_is_not_encrypted(sysfs: Sysfs) -> None:
+    for disk, number in (("sda", "8:0"), ("sdb", "8:16")):
+        sysfs.add(disk, number)
+    sysfs.add("dm-0", "253:0", "sda", dm__uuid="CRYPT-LUKS2-0123-luks")
+    sysfs.add("dm-1", "253:1", "sdb", dm__uuid="CRYPT-LUKS2-4567-luks")
+    sysfs.add("md0", "9:0", "dm-0", "sdb")
+    sysfs.add("md1", "9:1", "dm-0", "dm-1")
+    half, both = (mounts.device_layers((9, minor), str(sysfs.root)) for minor in (0, 1))
+    assert (half.crypt, half.crypt_whole) == ("/dev/dm-0", False)
+    assert (both.crypt, both.crypt_whole) == ("/dev/dm-0", True)
+
+
 def test_dm_crypt_is_seen_through_lvm_and_partitions(sysfs: Sysfs) -> None:
     sysfs.add("sda", "8:0")
     sysfs.add("sda2", "8:2", under="sda", partition="1")

@@ -63,7 +63,7 @@ def encryption(path: str, identifiers: t.Mapping[str, str]) -> Facts:
             if policy["version"] > 1:
                 facts["kernel_key"] = fscrypt.key_status(path, policy["identifier"])
         elif device.node:
-            facts["encryption"] = DM_CRYPT if device.crypt else PLAIN
+            facts["encryption"] = DM_CRYPT if device.crypt_whole else PLAIN
         else:
             facts["problem"] = raw.reason
     except TdeError as exc:

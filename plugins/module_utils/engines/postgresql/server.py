@@ -155,7 +155,7 @@ def split_cluster(option: str) -> tuple[str, str]:
     :raises TdeError: ``invalid_option``.
     """
     parts: t.Sequence[str] = option.split("/")
-    if len(parts) != 2 or not re.fullmatch(r"[0-9.]+", parts[0]) or not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*", parts[1]):
+    if len(parts) != 2 or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", parts[0]) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", parts[1]):
         raise TdeError("invalid_option", "must be VERSION/NAME, such as 15/main", obj=f"debian_cluster {option!r}")
     return parts[0], parts[1]
 
