@@ -33,9 +33,7 @@ gates: setup
 	@.ci/gates
 
 bench: setup
-	python tests/bench/keys.py
-	python tests/bench/site.py
-	python tests/bench/pgbench.py
+	@failed=0; for script in keys site pgbench; do python tests/bench/$$script.py || failed=1; done; exit $$failed
 
 docs: setup
 	python tests/tools/gen_error_codes.py
