@@ -9,6 +9,7 @@ import fcntl
 import os
 import random
 import secrets
+import subprocess
 import typing as t
 from pathlib import Path
 
@@ -177,6 +178,17 @@ def test_links_and_pipes_are_not_followed(disk: Disk) -> None:
     assert any("leads out of the place" in note for note in found["notes"])
     because(disk.prove(files=(str(disk.mount / "sealed/link"),)), "unknown", "link: Too many levels")
     because(disk.prove(files=(str(disk.mount / "sealed/pipe"),)), "unknown", "not a regular file")
+
+
+def test_an_empty_file_system_mounted_inside_is_not_covered(disk: Disk) -> None:
+    inside = disk.mount / "sealed/pgsql_tmp"
+    inside.mkdir()
+    because(disk.prove(), "encrypted", "0 of 20 blocks")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(inside)], check=True, timeout=60)
+    try:
+        because(disk.prove(), "unknown", f"Another file system is mounted on {inside}")
+    finally:
+        subprocess.run(["umount", str(inside)], check=True, timeout=60)
 
 
 def test_canary(disk: Disk) -> None:

@@ -242,13 +242,18 @@ def walk(directory: str, links: t.Container[str] = ()) -> tuple[list[str], list[
         if not isinstance(exc, FileNotFoundError):
             doubts.append(f"{exc.filename} could not be read: {os.strerror(exc.errno or 0)}.")
 
+    device = os.stat(directory).st_dev
     for folder, folders, names in os.walk(directory, onerror=unread):
         for name in [*folders, *names]:
             path = os.path.join(folder, name)
             try:
-                mode = os.lstat(path).st_mode
+                info = os.lstat(path)
             except OSError:
                 continue
+            mode = info.st_mode
+            if info.st_dev != device and os.path.ismount(path):
+                # It may be empty now and hold temporary files a moment later.
+                doubts.append(f"Another file system is mounted on {path}.")
             if stat.S_ISREG(mode):
                 files.append(path)
             elif stat.S_ISLNK(mode) and not os.path.realpath(path).startswith(os.path.join(directory, "")):

@@ -90,7 +90,7 @@ def test_parts_of_a_data_directory_that_lie_elsewhere_are_found(tmp_path: Path) 
         ({"tablespaces": [{**PLACE, "name": "x", "encryption": "unknown_key"}]}, "a key that this host's store does not hold"),
         ({"tablespaces": [{**PLACE, "name": "x", "encryption": "dm_crypt"}]}, "dm-crypt"),
         ({"tablespaces": [{**PLACE, "name": "x", "encryption": "unknown", "problem": "because"}]}, "could not be established (because)"),
-        ({"elsewhere": [{**DATA, "name": "pg_wal", "path": "/w"}]}, "pg_wal of the data directory lies at /w, which is in the clear"),
+        ({"elsewhere": [{**DATA, "name": "pg_wal", "path": "/w"}]}, "The data directory's pg_wal (/w) is in the clear"),
         ({"places": [{"path": "/p", "exists": False, "kernel_key": ""}]}, "/p does not show"),
         ({"places": [{"path": "/p", "exists": True, "kernel_key": "absent"}]}, "/p is closed"),
         ({"data_keys": [{"key_id": "k", "keyslots": [SLOT], "formerly": []}]}, "single keyslot (primary)"),

@@ -48,7 +48,7 @@ def _places(facts: Facts) -> t.Iterator[str]:
     }
     directory = facts["data_directory"]
     rows = [(f"The data directory {directory['path']}", directory)] if directory else []
-    rows += [(f"{one['name']} of the data directory lies at {one['path']}, which", one) for one in facts["elsewhere"]]
+    rows += [(f"The data directory's {one['name']} ({one['path']})", one) for one in facts["elsewhere"]]
     rows += [(f"Tablespace {one['name']} ({one['path']})", one) for one in facts["tablespaces"] if not _in_directory(one, directory)]
     for name, place in rows:
         if place["encryption"] in words:
