@@ -84,6 +84,8 @@ class Access:
             "client_encoding": "utf8",
             # Nothing of the caller's home decides over a connection.
             "passfile": "/nonexistent",
+            # Whoever may write the socket's folder while the server is down must not be sent the password, nor be believed.
+            **({"requirepeer": self.os_user} if self.local else {}),
         }
 
 
