@@ -249,7 +249,7 @@ class Keyring:
         for step in plan:
             if step.action == "create_data_key":
                 names += step.data["slots"]
-            elif step.action in ("add_keyslot", "create_kek"):
+            elif step.action in ("add_keyslot", "prove_keyslot", "create_kek"):
                 names.append(step.data["name"])
         for name in dict.fromkeys(names):
             self._demand(name)
