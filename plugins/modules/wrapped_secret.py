@@ -130,7 +130,9 @@ options:
     type: str
 attributes:
   check_mode:
-    description: Opens an existing file and returns the plan. Nothing is wrapped, written or made in a token.
+    description:
+      - Opens an existing file, or logs in to the token where a new key would be made, and returns the plan. If the PIN is wrong that spends a try.
+      - Nothing is wrapped, written or made in a token.
     support: full
   diff_mode:
     description: Shows the file's public facts before and after, never the secret.

@@ -221,8 +221,8 @@ class SecretService:
         :returns: the steps, done or to be done.
         """
         steps = plan(self.inspect(), self.wish, self.file.file.identity.words())
+        self._ready(steps)
         if not self.check:
-            self._ready(steps)
             run(
                 steps,
                 {
@@ -238,7 +238,7 @@ class SecretService:
         return steps
 
     def _ready(self, steps: Plan) -> None:
-        """Refuse, before the first step, what would stop the plan half-way.
+        """Refuse, before the first step, what would stop the plan half-way. Check mode needs no PIN, nor the token of a task before.
 
         :raises TdeError: ``passphrase_length``, what a login answers and what :func:`create_kek` refuses.
         """
@@ -253,7 +253,10 @@ class SecretService:
                 check_length(PassphraseSlot(one.name, one.passphrase))
         for step in steps:
             if step.action == "create_kek":
-                with open_session(self._access(step.data["name"]), self.state) as session:
+                access = self._access(step.data["name"])
+                if self.check and (access.pin is None or self._token(access, exists=False) is None):
+                    continue
+                with open_session(access, self.state) as session:
                     check_kek(session, self.wish.kek_label, registry=self._registry, journal=Journal(self.state.journal))
 
     def _access(self, name: str) -> TokenAccess:

@@ -81,6 +81,8 @@ class TokenInfo:
         return "token_initialized" in self.flags
 
     def __str__(self) -> str:
+        if not self.initialized:
+            return f"token in slot {self.slot_id}"
         return f"token {self.label!r} (serial {self.serial or 'none'}, slot {self.slot_id})"
 
     def public(self) -> dict[str, t.Any]:
