@@ -12,10 +12,10 @@ import typing as t
 from pathlib import Path
 
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import ERROR_CODES
-from ansible_collections.hsm.tde.tests.integration import postgres, support
+from ansible_collections.hsm.tde.tests.integration import postgres
 
-#: A run may write down that it was refused, and hold a lock.
-_NOTES = ("journal.jsonl", "journal.jsonl.head", "refused.json")
+#: A run may write down that it was refused, and hold a lock; a login counts tries in the token's own files.
+_NOTES = ("journal.jsonl", "journal.jsonl.head", "refused.json", "token.object", "token.copy", "NVTOK.DAT", "MK_SO", "MK_USER")
 
 
 def clear(result: t.Mapping[str, t.Any], code: str, *names: str, secrets: t.Iterable[str] = ()) -> t.Mapping[str, t.Any]:
@@ -36,61 +36,54 @@ def clear(result: t.Mapping[str, t.Any], code: str, *names: str, secrets: t.Iter
     return result
 
 
-def tree(folder: Path, *, notes: bool = True) -> dict[str, t.Any]:
-    """Every file and folder below, with type, mode, owner, links and content.
+def _is_note(path: Path) -> bool:
+    """A note, or a state directory that was made to hold notes only."""
+    if path.is_dir() and not path.is_symlink():
+        inside = list(path.iterdir())
+        return bool(inside) and all(_is_note(one) for one in inside)
+    return path.name in _NOTES or path.name.endswith("lock")
 
-    :param notes: without, journal, list of refused PINs and locks are left out.
-    """
-    found: dict[str, t.Any] = {}
-    for path in sorted([folder, *folder.rglob("*")]) if folder.exists() else []:
-        if not notes and (path.name in _NOTES or path.name.endswith("lock")):
+
+def tree(folder: Path, skip: t.Collection[Path] = ()) -> dict[str, str]:
+    """Every file and folder below, with type, mode, owner, links and content; notes, locks and what a login writes are left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if _is_note(path) or any(path.is_relative_to(one) for one in skip):
             continue
         info = path.lstat()
         content = ""
         if path.is_symlink():
             content = os.readlink(path)
         elif path.is_file():
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path)] = (oct(info.st_mode), info.st_uid, info.st_nlink if path.is_file() else 0, content)
+            content = f"{info.st_nlink} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        found[str(path)] = f"{info.st_mode:o} {info.st_uid} {content}"
     return found
 
 
-def objects(hsm: support.Installation) -> dict[str, str]:
-    """The objects of a software token's files, by content; what a login writes is left out."""
-    top, names = (
-        (hsm.tokendir, "*.object") if isinstance(hsm, support.SoftHsm) else (t.cast(support.OpenCryptoki, hsm).home / "var", "*")
-    )
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(top.rglob(names))
-        if path.is_file() and path.name not in ("token.object", "NVTOK.DAT", "MK_SO", "MK_USER")
-    }
-
-
-def catalogs(server: postgres.Server) -> str:
+def catalogs(server: postgres.Server) -> dict[str, str]:
     """What a server's catalogs say of places."""
-    return server.psql(
-        "SELECT 'tablespace', spcname, pg_tablespace_location(oid), spcowner::text FROM pg_tablespace"
-        " UNION ALL SELECT 'database', datname, dattablespace::text, '' FROM pg_database"
-        " UNION ALL SELECT 'relation', oid::regclass::text, reltablespace::text, relfilenode::text FROM pg_class"
-        " UNION ALL SELECT 'setting', setdatabase::text, setconfig::text, '' FROM pg_db_role_setting ORDER BY 1, 2"
+    rows = server.psql(
+        "SELECT 'tablespace ' || spcname, pg_tablespace_location(oid), spcowner::text FROM pg_tablespace"
+        " UNION ALL SELECT 'database ' || datname, dattablespace::text, '' FROM pg_database"
+        " UNION ALL SELECT 'relation ' || oid::regclass, reltablespace::text, relfilenode::text FROM pg_class"
+        " UNION ALL SELECT 'setting ' || setdatabase, setconfig::text, '' FROM pg_db_role_setting"
     )
+    return dict(row.split("|", 1) for row in rows.splitlines())
 
 
 @contextlib.contextmanager
-def unchanged(
-    *folders: Path, state: Path | None = None, hsm: support.Installation | None = None, server: postgres.Server | None = None
-) -> t.Iterator[None]:
-    """What runs inside leaves folders, state directory, token and catalogs as they are."""
+def unchanged(*folders: Path, skip: t.Collection[Path] = (), server: postgres.Server | None = None) -> t.Iterator[None]:
+    """What runs inside leaves everything in the folders, and what the catalogs say, as it is.
 
-    def look() -> dict[str, t.Any]:
-        return {
-            "folders": [tree(folder) for folder in folders],
-            "state": tree(state, notes=False) if state else None,
-            "token": objects(hsm) if hsm else None,
-            "catalogs": catalogs(server) if server else None,
-        }
+    :param skip: paths below which anything may happen.
+    """
+
+    def look() -> dict[str, str]:
+        found = {name: value for folder in folders for name, value in tree(folder, skip).items()}
+        return {**found, **(catalogs(server) if server else {})}
 
     before = look()
     yield
-    assert look() == before
+    after = look()
+    changes = {name: (before.get(name), after.get(name)) for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert not changes, f"changed although refused: {changes}"
