@@ -181,6 +181,12 @@ data_directory:
       mount_point: /
       filesystem: ext4
       source: /dev/vda1
+adopted:
+  description: The data keys whose file this host took as it found it, having no journal of it; a roll-back before that was not noticed.
+  returned: success
+  type: list
+  elements: str
+  sample: []
 elsewhere:
   description: The parts of the data directory that a link or a mount puts elsewhere, such as the write-ahead log, each as RV(tablespaces) has it.
   returned: success

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import sys
 import traceback
 import typing as t
@@ -20,6 +21,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.respawn import has_respawned, respawn_module
 
 from .errors import TdeError
+from .files import os_error
 from .secret import no_core_dumps
 
 #: Where the role prerequisites puts the target's environment; used when the interpreter in use lacks a library.
@@ -60,6 +62,8 @@ def mask(spec: Spec, params: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
             shown[name] = None
         elif spec[option].get("no_log") or _uri_with_pin(value):
             shown[name] = _MASK
+        elif spec[option].get("choices") and isinstance(value, str) and value not in spec[option]["choices"]:
+            shown[name] = _UNKNOWN
         elif spec[option].get("options") is not None:
             inner = spec[option]["options"]
             if isinstance(value, t.Mapping):
@@ -160,6 +164,8 @@ class TdeModule(AnsibleModule):  # type: ignore[misc]
             for text in sorted(set(_hidden_texts(self._spec, self._given)), key=len, reverse=True):
                 if len(text) >= 3:
                     msg = msg.replace(text, "***")
+            # Whoever puts a passphrase where a choice belongs must not read it in the answer.
+            msg = re.sub(r"(must be one of:? .*?,) got( no match for)?: .*", r"\1 and another value was given", msg, flags=re.DOTALL)
             name = self._name.removesuffix(".py").rpartition(".")[2]
             error = TdeError(
                 "invalid_option", msg, obj="options", next_step=f"Correct them: ansible-doc hsm.tde.{name} lists what there is."
@@ -237,6 +243,10 @@ def run_module(
         result = act(module)
     except TdeError as error:
         module.fail(error)
+    except OSError as exc:
+        # Nobody foresaw it here; what the operating system says still helps more than the place in the code.
+        where = exc.filename if isinstance(exc.filename, str) else os.path.basename(traceback.extract_tb(exc.__traceback__)[-1].filename)
+        module.fail(os_error(exc, where, kept="The steps before it are in the journal."))
     except Exception as exc:
         # The text of a foreign exception may hold a value; its type and place do not.
         place = traceback.extract_tb(exc.__traceback__)[-1]

@@ -9,12 +9,15 @@ import os
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.files import lock, os_error, read_private, trusted_directory
+from ..common.files import lock, read_private, trusted_directory
 from ..common.journal import Journal
 from . import format as fmt
 from . import recorded
 from .format import Document, Identity, Keyslot
 from .protection import NAMES, Credential, load, unlock
+
+#: The journal's action when a file is taken as it was found, this host having no record of it.
+ADOPT = "adopt_key_file"
 
 if t.TYPE_CHECKING:
     from ..common.state import StateDirectory
@@ -165,7 +168,7 @@ class SealedFile:
 
     def settle_locked(self, judged: Judged) -> None:
         """As :meth:`settle`, with the lock held, on a file that is either verified or one that this host's journal announced."""
-        action = {recorded.PENDING: "confirm_key_file", recorded.UNKNOWN: "adopt_key_file"}.get(judged.verdict)
+        action = {recorded.PENDING: "confirm_key_file", recorded.UNKNOWN: ADOPT}.get(judged.verdict)
         if action:
             # The rename may not have reached the disk when its writer was killed; the journal's entry must not outlive it.
             with trusted_directory(os.path.dirname(self.path)) as folder:
@@ -190,9 +193,10 @@ class SealedFile:
                 keyslots=[{"name": slot.name, "uid": slot.uid, "protection": slot.protection, **slot.target} for slot in named],
                 **recorded.facts(self.identity, self.path, document),
             )
-        except OSError as exc:
-            kept = "The new content is in place; the next run records it." if result == recorded.DONE else "Nothing was changed."
-            raise os_error(exc, self.journal.path, kept) from None
+        except TdeError as exc:
+            if result == recorded.DONE:
+                exc.kept = "The new content is in place; the next run records it."
+            raise
 
 
 def open_files(

@@ -23,7 +23,7 @@ from .format import DATA_KEY, Document, Identity, Keyslot, check_value
 from .keyfile import KeyFile
 from .passphrase import PassphraseCredential, PassphraseSlot
 from .protection import Credential, Slot
-from .sealed import Opened, open_files
+from .sealed import ADOPT, Opened, open_files
 from .token import TARGET, TokenCredential, TokenSlot
 
 __all__ = ["Credential", "DataKey", "KeyStore", "PassphraseCredential", "PassphraseSlot", "Slot", "TokenCredential", "TokenSlot"]
@@ -167,6 +167,18 @@ class KeyStore:
         entries = Journal(self.state.journal).entries() if key_ids else []
         judged = [self.file(key_id).judged(entries) for key_id in key_ids]
         return [document_facts(each.document, each.verdict) for each in judged]
+
+    def adopted(self) -> list[str]:
+        """The keys whose file this host took as it found it, having no record: an older file in its place was not noticed.
+
+        :raises TdeError: as :meth:`describe`.
+        """
+        taken = {
+            entry["key"]
+            for entry in Journal(self.state.journal).entries()
+            if entry["action"] == ADOPT and entry["cluster"] == self.cluster
+        }
+        return sorted(taken | {key["key_id"] for key in self.describe() if key["recorded"] == recorded.UNKNOWN})
 
     def refuse(self, key_id: str) -> None:
         """Raise if a data key's file is not the one that this host wrote last. See :meth:`SealedFile.refuse`."""

@@ -39,6 +39,13 @@ def test_a_misspelt_option_is_not_shown():
     assert shown["keyslots"][0]["name"] == "a"
 
 
+def test_what_is_no_choice_is_not_shown():
+    """Somebody typed the passphrase into the wrong field."""
+    spec = {"protection": {"type": "str", "choices": ["token", "passphrase"]}}
+    assert mask(spec, {"protection": "token"}) == {"protection": "token"}
+    assert "geheim" not in json.dumps(mask(spec, {"protection": "geheim"}))
+
+
 def test_a_uri_that_carries_a_pin_is_not_shown():
     assert "8642" not in json.dumps(mask(SPEC, {"library": "pkcs11:token=demo?Pin-Value=8642"}))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
@@ -81,6 +83,21 @@ def test_half_a_line_left_by_a_kill_is_dropped(journal):
     journal.append("destroy_key", "key 6")
     assert [entry["action"] for entry in journal.entries()][-1] == "destroy_key"
     assert len(journal.entries()) == 6
+
+
+def test_a_full_disk_is_told_and_leaves_a_sound_journal(journal, monkeypatch):
+    journal.append("generate_key", "key a")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(TdeError) as caught:
+            journal.append("generate_key", "key b")
+    assert (caught.value.code, caught.value.kept) == ("disk_full", "Nothing was changed.")
+    journal.append("generate_key", "key c")
+    assert journal.entries()[-1]["object"] == "key c"
 
 
 def test_a_whole_line_whose_head_was_not_written_is_kept(journal, tmp_path):

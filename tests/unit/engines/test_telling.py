@@ -31,6 +31,7 @@ ESTATE: dict[str, t.Any] = {
     "server": {"address": "/run", "answers": True, "problem": None, "standbys_attached": 0, "settings": {"archive_mode": "off"}},
     "data_directory": DATA,
     "elsewhere": [],
+    "adopted": [],
     "tablespaces": [
         {**DATA, "name": "pg_default", "path": DATA["path"] + "/base"},
         {**PLACE, "name": "sealed"},
@@ -97,6 +98,7 @@ def test_parts_of_a_data_directory_that_lie_elsewhere_are_found(tmp_path: Path) 
         ({"data_keys": [{"key_id": "k", "keyslots": [SLOT, SLOT], "formerly": []}]}, "two keyslots of one name"),
         ({"data_keys": [{"key_id": "k", "keyslots": [SLOT, {**SLOT, "name": "r", "proved": False}], "formerly": []}]}, "never proved"),
         ({"data_keys": [{"key_id": "k", "keyslots": [SLOT], "formerly": ["hsm-tde.main in token old"]}]}, "once under hsm-tde.main in token old"),
+        ({"data_keys": [{"key_id": "k", "keyslots": [SLOT], "formerly": []}], "adopted": ["k"]}, "came to this host without its journal"),
         ({"tokens": [{"label": "demo", "library": "/usr/lib/softhsm/libsofthsm2.so"}]}, "Token demo is software"),
         ({"pin_source": {"kind": "file", "path": "/etc/pin"}, "same_disk": True}, "on the same file system as the store"),
         ({"pin_source": {"kind": "credential", "path": "pin"}}, "without a TPM"),

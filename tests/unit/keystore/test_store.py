@@ -210,6 +210,20 @@ def test_rolled_back(store: KeyStore) -> None:
     assert path_of(store).read_bytes() == old
 
 
+def test_a_roll_back_that_took_the_journal_along_is_told(store: KeyStore) -> None:
+    """Without the journal nobody can notice it; that nobody could is remembered."""
+    key = store.create_key("cluster", 64, [PRIMARY])
+    assert store.adopted() == []
+    old = path_of(store).read_bytes()
+    store.add_keyslot("cluster", key, RECOVERY)
+    write(path_of(store), old)
+    for name in (store.state.journal, f"{store.state.journal}.head"):
+        Path(name).unlink()
+    assert store.adopted() == ["cluster"]
+    store.open_key("cluster", [PRIMARY])
+    assert store.adopted() == ["cluster"]
+
+
 def test_a_genuine_file_of_another_host(tmp_path: Path, store: KeyStore) -> None:
     """Both hosts have a cluster main; one's file, copied onto the other, is not the one that was written there."""
     store.create_key("cluster", 64, [PRIMARY])
@@ -466,12 +480,13 @@ def test_a_full_disk_does_not_keep_a_key_closed(store: KeyStore, monkeypatch: py
 
     def full(self: Journal, action: str, obj: str, **rest: t.Any) -> dict[str, t.Any]:
         if rest.get("result") == "done":
-            raise OSError(28, "No space left on device")
+            raise TdeError("disk_full", "No space left on device", obj=self.path)
         return append(self, action, obj, **rest)
 
     monkeypatch.setattr(Journal, "append", full)
-    with refused("disk_full"):
+    with pytest.raises(TdeError, match="The new content is in place") as caught:
         store.add_keyslot("cluster", key, RECOVERY)
+    assert caught.value.code == "disk_full"
     assert store.open_key("cluster", [RECOVERY]).reveal() == key.reveal()
     assert store.describe()[0]["recorded"] == "pending"
     monkeypatch.undo()

@@ -102,6 +102,11 @@ def _keyslots(facts: Facts) -> t.Iterator[str]:
                 yield f"Keyslot {slot['name']} of data key {key['key_id']} was never proved: a change was interrupted. Run it again."
         if len(names) < len(key["keyslots"]):
             yield f"Data key {key['key_id']} has two keyslots of one name: a change was interrupted. Run it again."
+        if key["key_id"] in facts["adopted"]:
+            yield (
+                f"Data key {key['key_id']} came to this host without its journal: whether an older file was put in its place "
+                "before that cannot be told."
+            )
         if key["formerly"]:
             yield (
                 f"Data key {key['key_id']} was once under {', '.join(key['formerly'])}: an old copy of the store still opens with that. "

@@ -219,6 +219,7 @@ def collect(engine: Postgresql) -> Facts:
             for kek in keks
         ],
         "data_keys": [_key(key, keks, today) for key in keys],
+        "adopted": _tried(problems, store.adopted, []),
         "places": places,
         "server": _server(server),
         "data_directory": data_directory,
