@@ -18,6 +18,7 @@ import traceback
 import typing as t
 
 from ..common.errors import TdeError
+from ..common.files import os_error
 from ..common.secret import harden_process
 
 #: Seconds for one act: a login, a scrypt derivation and a few mounts take under five; an HSM that is busy, longer.
@@ -63,6 +64,9 @@ def _child(act: t.Callable[[], t.Any], writer: int) -> t.NoReturn:
         answer = {"result": act()}
     except TdeError as error:
         answer = {"error": {**error.result(), "message": error.message}}
+    except OSError as exc:
+        failed = os_error(exc, exc.filename if isinstance(exc.filename, str) else "the command", kept=_JOURNALLED)
+        answer = {"error": {**failed.result(), "message": failed.message}}
     except BaseException as exc:
         # The text of a foreign exception may hold a value; its type and place do not.
         place = traceback.extract_tb(exc.__traceback__)[-1]

@@ -17,7 +17,7 @@ import socket
 import typing as t
 
 from .errors import TdeError
-from .files import lock, make_private_directory, read_private, remove_leftovers_of, write_atomic
+from .files import lock, make_private_directory, os_error, read_private, remove_leftovers_of, write_atomic
 
 _FIRST = "0" * 64
 #: A journal is read whole; above this it is rotated by the administrator.
@@ -133,15 +133,18 @@ class Journal:
         return entry
 
     def _write(self, entry: dict[str, t.Any]) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "r+b") as handle:
-            content = handle.read()
-            # Drop what a kill left of an unacknowledged line.
-            handle.seek(content.rfind(b"\n") + 1)
-            handle.truncate()
-            handle.write(json.dumps(entry, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-            handle.flush()
-            os.fsync(fd)
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "r+b") as handle:
+                content = handle.read()
+                # Drop what a kill or a full disk left of an unacknowledged line.
+                handle.seek(content.rfind(b"\n") + 1)
+                handle.truncate()
+                handle.write(json.dumps(entry, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+                handle.flush()
+                os.fsync(fd)
+        except OSError as exc:
+            raise os_error(exc, self.path) from None
         write_atomic(self.path + ".head", json.dumps({"seq": entry["seq"], "hash": entry["hash"]}).encode())
 
     def _head(self) -> dict[str, t.Any] | None:
