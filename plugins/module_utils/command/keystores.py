@@ -95,6 +95,8 @@ def each(
     for cluster in _named(arguments):
         try:
             results[cluster] = act(cluster)
+            for warning in results[cluster].pop("warnings", ()):
+                output.warn(f"{cluster}: {warning}")
             lines.append(line(cluster, results[cluster]))
         except TdeError as error:
             code = code or exit_code(error)

@@ -11,7 +11,7 @@ import shutil
 
 from ...common.check import established
 from ...common.errors import TdeError
-from ...common.files import check_parents, make_private_directory, os_error, trusted_directory, write_atomic
+from ...common.files import check_parents, lock, make_private_directory, os_error, trusted_directory, write_atomic
 from ...common.journal import Journal
 from ...common.plan import Handlers, Step
 from ...common.run import run_program
@@ -29,8 +29,12 @@ from .plan import PLACE_MODE
 
 #: Seconds that initdb may take, the syncing of its files included.
 _INITDB_SECONDS = 900
+#: Seconds that an initdb is waited for whose task was killed.
+_ORPHAN_SECONDS = 120
 #: Where Debian keeps the configuration of its packaged clusters: a folder a version, in it one a cluster.
 DEBIAN_CONFIGURATION = "/etc/postgresql"
+#: What keeps the journal from being written and no database closed at boot: as in ``SealedFile.settle``, opening goes on.
+_NO_NOTE = ("disk_full", "busy")
 
 
 class Acts:
@@ -106,7 +110,12 @@ class Acts:
                 kept="The kernel was given no key.",
             )
         fscrypt.add_key(path, data_key.reveal())
-        self.note("add_kernel_key", step.obj, step.data["key_id"], data_key.check_value, step.data["path"])
+        try:
+            self.note("add_kernel_key", step.obj, step.data["key_id"], data_key.check_value, step.data["path"])
+        except TdeError as exc:
+            if exc.code not in _NO_NOTE:
+                raise
+            self.keyring.warnings.append(f"{step.obj} was given to the kernel, and the journal does not say so: {exc}")
 
     def _remove_kernel_key(self, step: Step) -> None:
         path = step.data["path"]
@@ -179,9 +188,16 @@ class Acts:
         place = established(self.record.place(key_id), "the place's record")
         self.save(self.record.with_place(dataclasses.replace(place, **change)))  # type: ignore[arg-type]
 
+    def _initdb_lock(self, wait_seconds: float = 0) -> contextlib.AbstractContextManager[int]:
+        """Held by initdb and the programs that it starts: they outlive a task that is killed."""
+        return lock(self.request.state.cluster_record(self.request.cluster) + ".lock", wait_seconds)
+
     def _clear_place(self, step: Step) -> None:
         """Take away what an interrupted initdb left; never what a server has run on."""
-        path = step.data["path"]
+        with self._initdb_lock(_ORPHAN_SECONDS):
+            self._clear(step.data["path"])
+
+    def _clear(self, path: str) -> None:
         users = servers.holders(path)
         if users or os.path.lexists(os.path.join(path, "postmaster.opts")):
             raise TdeError(
@@ -207,18 +223,22 @@ class Acts:
         path, key_id = step.data["path"], step.data["key_id"]
         if os.listdir(path):
             raise TdeError("place_not_empty", "is not empty", obj=path, next_step="Find out what is in it, and move it away.")
-        options = self.options
         self._filling(key_id, begun=True)
+        with self._initdb_lock() as held:
+            self._initdb(path, held)
+        self._filling(key_id, filled=True)
+
+    def _initdb(self, path: str, held: int) -> None:
+        options = self.options
         if options.debian_cluster:
             version, name = servers.split_cluster(options.debian_cluster)
             # Its own options come first; authentication is peer and scram-sha-256 by its default.
             argv = ["pg_createcluster", "--user", options.os_user, "--datadir", path, version, name, "--", *options.initdb_options]
-            run_program(argv, timeout=_INITDB_SECONDS)
+            run_program(argv, timeout=_INITDB_SECONDS, inherit=[held])
         else:
             initdb = os.path.join(servers.bin_directory(options.bin_directory), "initdb")
             argv = [initdb, "--pgdata", path, "--auth-local=peer", "--auth-host=scram-sha-256", *options.initdb_options]
-            run_program(argv, user=options.os_user, timeout=_INITDB_SECONDS)
-        self._filling(key_id, filled=True)
+            run_program(argv, user=options.os_user, timeout=_INITDB_SECONDS, inherit=[held])
 
     # --- tablespaces and moves
 

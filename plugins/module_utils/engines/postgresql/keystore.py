@@ -216,6 +216,7 @@ class Keystore:
             return first
 
         outcome = self.engine.rounds(decide, run, check=self.check)
+        outcome.warnings += ring.warnings
         outcome.facts["cluster"] = self.engine.request.cluster
         return outcome
 
