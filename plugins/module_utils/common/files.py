@@ -219,8 +219,10 @@ def make_private_directory(path: str, mode: int = 0o700) -> bool:
 
 
 @contextlib.contextmanager
-def lock(path: str, wait_seconds: float = 0.0) -> t.Iterator[None]:
-    """Hold an exclusive lock on a file of its own (never on one that is renamed).
+def lock(path: str, wait_seconds: float = 0.0) -> t.Iterator[int]:
+    """Hold an exclusive lock on a file of its own (never on one that is renamed); yields its descriptor.
+
+    A program that inherits the descriptor holds the lock as well, until it has ended (flock(2)).
 
     :param wait_seconds: how long to wait for another run to end.
     :raises TdeError: ``busy``.
@@ -242,6 +244,6 @@ def lock(path: str, wait_seconds: float = 0.0) -> t.Iterator[None]:
                         "busy", "another run holds the lock", obj=path, next_step="Wait for it to end, then run again."
                     ) from None
                 time.sleep(0.05)
-        yield
+        yield fd
     finally:
         os.close(fd)

@@ -23,6 +23,7 @@ def run_program(
     timeout: float = 60,
     ok: t.Collection[int] = (0,),
     environment: t.Mapping[str, str] | None = None,
+    inherit: t.Collection[int] = (),
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program and wait for it.
 
@@ -31,6 +32,7 @@ def run_program(
     :param user: the operating system's user to become.
     :param timeout: seconds.
     :param ok: exit codes that are no error.
+    :param inherit: descriptors that it and its children get, such as that of a lock.
     :raises TdeError: ``command_missing``, ``command_failed``, ``timeout``.
     """
     env = {"PATH": _PATH, "LC_ALL": "C", **(environment or {})}
@@ -42,7 +44,7 @@ def run_program(
         env["HOME"] = entry.pw_dir
     try:
         done = subprocess.run(
-            list(argv), input=stdin, capture_output=True, timeout=timeout, env=env, cwd="/", check=False, **identity
+            list(argv), input=stdin, capture_output=True, timeout=timeout, env=env, cwd="/", check=False, pass_fds=tuple(inherit), **identity
         )
     except FileNotFoundError:
         raise TdeError("command_missing", "is not installed", obj=argv[0]) from None
