@@ -48,16 +48,20 @@ def read_record(state: StateDirectory, cluster: str) -> records.Record:
 
 
 def keyslot_tokens(state: StateDirectory, cluster: str) -> list[credentials.TokenName]:
-    """The tokens that the cluster's keyslots are on: that of the keyslot ``primary`` first."""
-    slots = [slot for key in KeyStore(state, cluster).describe() for slot in key["keyslots"]]
-    slots.sort(key=lambda slot: (slot["name"] != "primary", slot["name"]))
-    found: list[credentials.TokenName] = []
-    for slot in slots:
+    """The tokens that the cluster's keyslots are on, the first to be used first.
+
+    That is one under which every data key is (a change of token may be unfinished), of the keyslot ``primary``, the oldest.
+    """
+    keys = KeyStore(state, cluster).describe()
+    found: dict[credentials.TokenName, tuple[bool, set[str]]] = {}
+    for slot, key_id in sorted(
+        ((slot, key["key_id"]) for key in keys for slot in key["keyslots"]), key=lambda one: one[0]["created"]
+    ):
         if slot["protection"] == "token":
             name = credentials.TokenName(slot["token_label"], slot["token_serial"])
-            if name not in found:
-                found.append(name)
-    return found
+            primary, opens = found.get(name, (False, set()))
+            found[name] = (primary or slot["name"] == "primary", opens | {key_id})
+    return sorted(found, key=lambda name: (len(found[name][1]) < len(keys), not found[name][0]))
 
 
 def engine_of(state: StateDirectory, record: records.Record, credential: credentials.Credential | None = None) -> Engine:

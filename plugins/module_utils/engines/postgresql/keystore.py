@@ -81,7 +81,8 @@ class Keystore:
                 if not (pending and place.made):
                     later += plan.make_place(place, ring.key(plan.CLUSTER_KEY), wanted, owner=user.pw_uid, no_recovery=wish.no_recovery)
                     later += self._fill(place)
-            steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later + self._pin_steps(ring)
+            later = plan.before_removals(later, self._pin_steps(ring))
+            steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
             return steps, public.facts(ring.keys, ring.keks, places, self.engine.record, storage)
 
         def run(steps: Plan) -> Plan:
@@ -158,7 +159,7 @@ class Keystore:
         return access.pin if access else None
 
     def _pin_steps(self, ring: Keyring) -> Plan:
-        """The file with the PIN is written last, once the PIN was proved; a token of another PIN gets the file rewritten."""
+        """The file with the PIN is written once the PIN was proved; a token of another PIN gets the file rewritten."""
         recorded = self.engine.record.pin_source if self.engine.record else {}
         source = self.wish.pin_source if self.wish.pin_source is not None else recorded
         if source.get("kind") != "file":
