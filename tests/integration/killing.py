@@ -28,6 +28,8 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import Credential, KeyStore
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keys import find
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import TokenAccess, open_session
 from ansible_collections.hsm.tde.tests.integration import support
 
 #: What a task does; gives its public result.
@@ -246,6 +248,16 @@ def opened(state: Path, *ways: t.Sequence[Credential]) -> dict[str, bytes]:
     found = support.in_child(act)
     assert all(one == found[0] for one in found)
     return found[0]
+
+
+def in_token(access: TokenAccess, state: Path, labels: t.Sequence[str]) -> list[int]:
+    """How many keys of each label a token has."""
+
+    def act() -> list[int]:
+        with open_session(access, StateDirectory(str(state))) as session:
+            return [len(find(session, label)) for label in labels]
+
+    return support.in_child(act)
 
 
 def no_leftovers(*folders: Path) -> None:

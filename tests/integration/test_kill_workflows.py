@@ -19,8 +19,8 @@ from unittest import mock
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
-from ansible_collections.hsm.tde.tests.integration import killing
-from ansible_collections.hsm.tde.tests.integration.estate import usable
+from ansible_collections.hsm.tde.tests.integration import killing, postgres
+from ansible_collections.hsm.tde.tests.integration.estate import Estate, usable
 from ansible_collections.hsm.tde.tests.integration.workflows import (
     Creation,
     Move,
@@ -100,3 +100,32 @@ def test_killed_before_calls_that_change_something(workflow: t.Any) -> None:
     kills = killing.AtCalls(workflow.name, EVERY, 1 + SEED % EVERY)
     work_on(workflow, kills, lambda: kills.ended > 0)
     assert kills.killed > 1, "no call was met"
+
+
+def test_an_initdb_that_outlives_its_task_is_waited_for(home: Path) -> None:
+    """Two at once in one directory would mix their files."""
+    programs = home / "programs"
+    programs.mkdir()
+    initdb = programs / "initdb"
+    # Told apart by their process ids; the file appears when the second run is at work.
+    initdb.write_text(f'#!/bin/sh\nsleep 1\n{postgres.programs()}/initdb "$@" >/dev/null && sleep 1 && touch "$2/ended.$$"\n')
+    initdb.chmod(0o755)
+    workflow = Creation(home / "orphan", bin_directory=str(programs))
+
+    class Once(killing.Kills):
+        def _begin(self, work: killing.Task) -> bool:
+            process = killing.Process(work)
+            record = workflow.home / "state/clusters/main.json"
+            while '"begun": true' not in (record.read_text() if record.exists() else ""):
+                assert not process.ended(0.01)
+            process.ended(0.2)
+            process.kill(group=False)
+            return process.result() is None
+
+    def at_the_end(host: Estate) -> None:
+        assert len(list(host.server.data.glob("ended.*"))) == 1
+
+    workflow.also = at_the_end
+    kills = Once("orphan")
+    workflow.once(kills)
+    assert (kills.killed, kills.found) == (1, {"clear_place": 1})

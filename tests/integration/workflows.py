@@ -65,27 +65,32 @@ def clean(host: Estate, secrets: t.Iterable[bytes], pin_file: Path) -> None:
 class Creation:
     """From an empty token to a database cluster inside an encrypted directory, on a new host each time.
 
-    :param fill: create the cluster, too, which takes most of the time.
+    :param engine: further options of the engine.
+    :ivar fill: create the cluster, too, which takes most of the time.
+    :ivar also: looks at the host at the end.
     """
 
     name = "creation"
 
-    def __init__(self, home: Path, *, fill: bool = True) -> None:
+    def __init__(self, home: Path, **engine: t.Any) -> None:
         self.home = home
-        self.fill = fill
+        self.engine = engine
+        self.fill = True
+        self.also: t.Callable[[Estate], None] = lambda host: None
 
     def once(self, kills: killing.Kills) -> None:
         self.home.mkdir()
         with mock.patch.object(support.SoftHsm, "add_token"):
             host = Estate(
                 self.home, coverage="cluster", data_directory=str(self.home / "mnt/data"), create_cluster=self.fill, image_size="112M",
-                initdb_options=["--no-sync", "--no-instructions", "--wal-segsize=1", "--encoding=UTF8", "--locale=C"],
+                initdb_options=["--no-sync", "--no-instructions", "--wal-segsize=1", "--encoding=UTF8", "--locale=C"], **self.engine,
             )  # fmt: skip
         work = self.work(host)
         try:
             kills.begin(work)
             kills.finish(work)
             self.check(host, work)
+            self.also(host)
         finally:
             destroy(host)
 
@@ -305,7 +310,7 @@ class Rotation:
         town.sound(work)
         label = f"hsm-tde.main.{town.number}"
         assert {slots["primary"]["kek_label"] for slots in town.slots().values()} == {label}
-        assert [len(town.in_token(one)) for one in (before, label)] == [1, 1], "the former one stays"
+        assert killing.in_token(town.hsm.access(), town.state, [before, label]) == [1, 1], "the former one stays"
 
     def end(self) -> None:
         self.town.reboot()
@@ -369,8 +374,15 @@ class ProtectionChange:
         kills.begin(work)
         ways = [[town.credential(before[number]), town.credential(town.wish[number])] for number in (0, 1)]
         assert killing.opened(town.state, *ways) == town.keys
+        if "pin" in before[0] and "pin" in town.wish[0] and not self.at_the_turn(town.wish[0]["pin"]):
+            town.boots()
         kills.finish(work)
         town.sound(town.task("tde_keystore", **task))
+
+    def at_the_turn(self, pin: str) -> bool:
+        """Between the PIN's file and the first removal: the one moment at which the next boot tries a PIN in vain."""
+        slots = [one["keyslots"] for one in KeyStore(StateDirectory(str(self.town.state)), "main").describe()]
+        return self.town.pin_file.read_text() == pin + "\n" and all(len(one) > 2 for one in slots)
 
     def end(self) -> None:
         """Back to where the other workflows begin."""
