@@ -18,6 +18,7 @@ hosts reach nothing outside. ssh comes in through a descriptor opened inside tha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -180,7 +181,7 @@ class Host:
         for process in self.processes():
             try:
                 status = pathlib.Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-            except FileNotFoundError:
+            except OSError:  # it has ended meanwhile
                 continue
             numbers = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
             if len(numbers) > 1 and numbers[-1] == "1":
@@ -215,7 +216,7 @@ class Host:
             "--register=no",
             "--keep-unit",
             f"--directory={self.root}",
-            f"--machine={self.name}",
+            f"--machine={self.namespace}",
             f"--hostname={self.name}",
             f"--network-namespace-path=/run/netns/{self.namespace}",
             "--console=pipe",
@@ -268,7 +269,8 @@ class Host:
         first = self.first_process()
         if first is not None:
             # The kernel then ends all others of the host; without process 1 systemd-nspawn and the supervisor end too.
-            os.kill(first, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.SIGKILL)
         wait(f"{self.name}: end", lambda: not self.processes(), END)
 
     def remove(self) -> None:
