@@ -33,7 +33,12 @@ SLOTS = [{"name": "primary"}, RECOVERY]
 
 def usable() -> bool:
     """Whether this host can run these tests."""
-    return os.geteuid() == 0 and bool(postgres.programs()) and bool(support.softhsm_library()) and os.path.exists("/dev/loop-control")
+    return (
+        os.geteuid() == 0
+        and bool(postgres.programs())
+        and bool(support.softhsm_library())
+        and os.path.exists("/dev/loop-control")
+    )
 
 
 class Estate:
@@ -188,7 +193,9 @@ def estate(**engine: t.Any) -> t.Iterator[Estate]:
     # Half a second of scrypt for each look at a keyslot would be most of the tests' time.
     cheap = mock.patch.object(passphrase, "default_kdf", return_value=passphrase.Scrypt(log_n=10))
     with cheap, postgres.folder() as home:
-        made = Estate(home, **{name: value.format(home=home) if isinstance(value, str) else value for name, value in engine.items()})
+        made = Estate(
+            home, **{name: value.format(home=home) if isinstance(value, str) else value for name, value in engine.items()}
+        )
         try:
             yield made
         finally:

@@ -56,7 +56,9 @@ def test_a_second_run_changes_nothing_and_needs_no_secret(host: Estate) -> None:
 
 
 def test_nothing_of_the_cluster_stands_in_the_image(host: Estate) -> None:
-    host.server.psql("SET work_mem = '64kB'; SELECT count(*) FROM (SELECT body FROM t, generate_series(1, 20) ORDER BY body) s; CHECKPOINT")
+    host.server.psql(
+        "SET work_mem = '64kB'; SELECT count(*) FROM (SELECT body FROM t, generate_series(1, 20) ORDER BY body) s; CHECKPOINT"
+    )
     # The control beside the places shows that the search would find plain text.
     assert host.raw("hsm.tde: this file is in the clear on purpose") == 1
     assert host.raw(MARKER) == 0
@@ -107,7 +109,9 @@ def test_after_a_reboot_the_recovery_keyslot_opens_it_where_the_token_is_missing
         host.refused("tde_keystore", "token_unreachable", keyslots=SLOTS, update_keyslots="on_create")
         host.refused("tde_master_key", "token_unreachable", state="rotated", tag="lost")
         host.refused("tde_keystore", "token_unreachable", check=True, keyslots=SLOTS)
-        host.refused("tde_keystore", "passphrase_refused", state="open", library=None, token_label=None, pin=None, passphrase="wrong " * 4)
+        host.refused(
+            "tde_keystore", "passphrase_refused", state="open", library=None, token_label=None, pin=None, passphrase="wrong " * 4
+        )
         assert not os.path.ismount(host.mount)
         result = host.run("tde_keystore", state="open", library=None, token_label=None, pin=None, passphrase=PASSPHRASE)
         assert [step["action"] for step in result["plan"]][:: len(result["plan"]) - 1] == ["mount_image", "add_kernel_key"]
@@ -159,7 +163,9 @@ def test_a_lost_image_store_or_journal_is_unreachable_and_nothing_is_made_in_its
     record.unlink()
     try:
         # The journal remembers the place.
-        host.refused("tde_keystore", "image_absent", keyslots=SLOTS, postgresql={**host.options, "image": str(host.home / "other")})
+        host.refused(
+            "tde_keystore", "image_absent", keyslots=SLOTS, postgresql={**host.options, "image": str(host.home / "other")}
+        )
     finally:
         record.write_text(content)
         record.chmod(0o600)
@@ -204,7 +210,11 @@ def test_a_passphrase_and_a_token_are_changed_by_adding_proving_removing(host: E
     assert result["data_keys"]["cluster"]["keyslots"]["primary"] == "hsm-tde.main.2 in token demo"
     host.refused("tde_keystore", "recovery_keyslot_missing", keyslots=[SLOTS[0]], keyslots_exclusive=True)
     third = {**RECOVERY, "name": "third"}
-    assert set(host.run("tde_keystore", keyslots=[*SLOTS, third])["data_keys"]["cluster"]["keyslots"]) == {"primary", "recovery", "third"}
+    assert set(host.run("tde_keystore", keyslots=[*SLOTS, third])["data_keys"]["cluster"]["keyslots"]) == {
+        "primary",
+        "recovery",
+        "third",
+    }
     host.run("tde_keystore", keyslots=SLOTS, keyslots_exclusive=True)
     info = host.run("tde_info")
     assert {slot["name"] for slot in info["data_keys"][0]["keyslots"]} == {"primary", "recovery"}
@@ -220,7 +230,9 @@ def test_wrong_credentials_change_nothing_and_a_wrong_pin_is_tried_once(host: Es
     host.refused("tde_keystore", "credential_missing", keyslots=[*SLOTS, {"name": "more", "protection": "passphrase"}])
     host.refused("tde_keystore", "invalid_option", keyslots=[*SLOTS, SLOTS[0]])
     host.refused("tde_keystore", "token_absent", keyslots=SLOTS, token_label="nosuch")
-    host.refused("tde_keystore", "invalid_option", keyslots=SLOTS, postgresql={**host.options, "data_directory": str(host.mount / "other")})
+    host.refused(
+        "tde_keystore", "invalid_option", keyslots=SLOTS, postgresql={**host.options, "data_directory": str(host.mount / "other")}
+    )
     host.refused("tde_keystore", "image_shrink", keyslots=SLOTS, postgresql={**host.options, "image_size": "100M"})
     host.refused("tde_keystore", "os_user_absent", keyslots=SLOTS, postgresql={**host.options, "os_user": "nosuchuser"})
     host.refused("tde_keystore", "cluster_unknown", cluster="unknown", state="open")

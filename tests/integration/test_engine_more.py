@@ -23,7 +23,12 @@ pytestmark = [pytest.mark.root, pytest.mark.skipif(not usable(), reason="needs r
 def test_a_packaged_cluster_is_created_started_by_its_own_tools_and_closed() -> None:
     version = (postgres.programs() or "").split("/")[-2]
     name = f"hsmtde{os.getpid()}"
-    more = {"coverage": "cluster", "data_directory": "{home}/mnt/data", "create_cluster": True, "debian_cluster": f"{version}/{name}"}
+    more = {
+        "coverage": "cluster",
+        "data_directory": "{home}/mnt/data",
+        "create_cluster": True,
+        "debian_cluster": f"{version}/{name}",
+    }
     with estate(**more) as host:
         try:
             result = host.run("tde_keystore", keyslots=SLOTS, login_unix_socket=None)
@@ -89,7 +94,11 @@ def test_a_directory_as_storage_and_another_file_system_in_its_stead() -> None:
         outer = host.home / "outer"
         outer.mkdir()
         mount = ["mount", "-o", "loop", str(disk), str(outer)]
-        options: dict[str, t.Any] = {"mount_point": str(outer / "tde"), "coverage": "cluster", "data_directory": str(outer / "tde/data")}
+        options: dict[str, t.Any] = {
+            "mount_point": str(outer / "tde"),
+            "coverage": "cluster",
+            "data_directory": str(outer / "tde/data"),
+        }
         host.options = {**options, "mount_point": str(host.home / "plain"), "data_directory": str(host.home / "plain/data")}
         result = host.refused("tde_keystore", "fscrypt_unsupported", keyslots=SLOTS)
         assert "tune2fs -O encrypt" in result["next_step"]

@@ -113,7 +113,12 @@ def test_a_schema_takes_indexes_partitions_toast_and_dependent_views_along(serve
     toast = server.psql("SELECT t.spcname FROM pg_class c JOIN pg_class o ON o.oid = c.reltoastrelid JOIN pg_tablespace t"
                         " ON t.oid = o.reltablespace WHERE c.relname = 'plain'", database)  # fmt: skip
     assert toast == "vault"
-    assert {row["object"] for row in mover.progress.rows} >= {'app.odd "name', "app.Mixed Case", "other.part_2_x", "other.summary"}
+    assert {row["object"] for row in mover.progress.rows} >= {
+        'app.odd "name',
+        "app.Mixed Case",
+        "other.part_2_x",
+        "other.summary",
+    }
     assert all(row["attempts"] == 1 for row in mover.progress.rows)
     # The second look finds nothing to do, and a partition of the future lands in the tablespace.
     assert not decide(server, MoveWish(schemas=("app",), database=database)).any
@@ -184,7 +189,9 @@ def test_a_database_in_use_moves_relation_by_relation_with_its_large_objects(ser
     assert outside(server) == set()
 
 
-def test_a_database_leaves_alone_what_is_encrypted_elsewhere_or_named_for_elsewhere(server: postgres.Server, database: str) -> None:
+def test_a_database_leaves_alone_what_is_encrypted_elsewhere_or_named_for_elsewhere(
+    server: postgres.Server, database: str
+) -> None:
     carry_out(server, decide(server, MoveWish(tables=("other.stays",), database=database), "second"), "second")
     other = MoveWish(tables=("app.Mixed Case",), database=database)
     moves = decide(server, MoveWish(databases=(database,)), others=(other,), encrypted=("vault", "second"))
@@ -198,7 +205,10 @@ def test_a_locked_table_is_tried_again_and_given_up_with_what_was_done(server: p
     holder = server.popen("psql", "-X", "-d", database, "-c", "BEGIN; LOCK app.plain IN SHARE MODE; SELECT pg_sleep(60)")
     try:
         deadline = time.monotonic() + 10
-        while server.psql("SELECT count(*) FROM pg_locks WHERE relation = 'app.plain'::regclass AND mode = 'ShareLock'", database) == "0":
+        while (
+            server.psql("SELECT count(*) FROM pg_locks WHERE relation = 'app.plain'::regclass AND mode = 'ShareLock'", database)
+            == "0"
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         pauses: list[float] = []
@@ -212,7 +222,9 @@ def test_a_locked_table_is_tried_again_and_given_up_with_what_was_done(server: p
         # Freed while it waits, it moves on, and what had moved does not move again.
         end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'BEGIN; LOCK%'"
         threading.Timer(0.5, server.psql, (end,)).start()
-        mover = carry_out(server, decide(server, MoveWish(tables=("app.Mixed Case", "app.plain"), database=database)), seconds=0.2)
+        mover = carry_out(
+            server, decide(server, MoveWish(tables=("app.Mixed Case", "app.plain"), database=database)), seconds=0.2
+        )
         assert mover.progress.rows[0]["object"] == "app.plain"
         assert mover.progress.rows[0]["attempts"] > 1
     finally:
@@ -222,7 +234,7 @@ def test_a_locked_table_is_tried_again_and_given_up_with_what_was_done(server: p
 
 def test_a_database_without_an_encoding_moves_too(server: postgres.Server) -> None:
     server.psql("CREATE DATABASE ascii TEMPLATE template0 ENCODING 'SQL_ASCII'")
-    server.psql("CREATE TABLE \"t\u00e9\" AS SELECT 1", "ascii")
+    server.psql('CREATE TABLE "t\u00e9" AS SELECT 1', "ascii")
     catalog = catalog_of(server, "ascii")
     assert "public.t\u00e9" in {one.label for one in catalog.relations}
     wish = MoveWish(schemas=("public",), database="ascii")

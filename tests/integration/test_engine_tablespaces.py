@@ -46,7 +46,9 @@ def where(host: Estate, name: str = "orders") -> str:
 
 
 def test_the_first_look_at_an_estate_that_is_not_ours(host: Estate) -> None:
-    info = host.run("tde_info", cluster="never", state_directory=str(host.home / "nostate"), library=None, token_label=None, pin=None)
+    info = host.run(
+        "tde_info", cluster="never", state_directory=str(host.home / "nostate"), library=None, token_label=None, pin=None
+    )
     assert not info["managed"]
     assert not info["encrypted"]
     assert info["server"]["answers"]
@@ -95,12 +97,16 @@ def test_the_raw_image_holds_none_of_it(host: Estate) -> None:
     plain.mkdir()
     shutil.chown(plain, "postgres", "postgres")
     host.server.psql(f"CREATE TABLESPACE plain LOCATION '{plain}'")
-    host.server.psql(f"CREATE TABLE app.open TABLESPACE plain AS SELECT '{PLAIN} ' || g FROM generate_series(1, 50) g; CHECKPOINT", "shop")
+    host.server.psql(
+        f"CREATE TABLE app.open TABLESPACE plain AS SELECT '{PLAIN} ' || g FROM generate_series(1, 50) g; CHECKPOINT", "shop"
+    )
     assert host.raw(PLAIN) == 50
     assert host.raw(MARKER) == 0
     # A tablespace that is in use in the clear is never taken for encrypted, nor encrypted in place.
     host.refused("tde_tablespace", "place_plain", tablespaces=[{"name": "plain"}], keyslots=SLOTS)
-    host.refused("tde_tablespace", "place_plain", tablespaces=[{"name": "plain", "location": str(plain)}], keyslots=SLOTS, check=True)
+    host.refused(
+        "tde_tablespace", "place_plain", tablespaces=[{"name": "plain", "location": str(plain)}], keyslots=SLOTS, check=True
+    )
     info = host.run("tde_info")
     assert {one["name"]: one["encryption"] for one in info["tablespaces"]}["plain"] == "plain"
     host.server.psql("DROP TABLE app.open", "shop")
@@ -161,7 +167,9 @@ def test_what_cannot_be_a_place_is_refused(host: Estate, folders: t.Callable[...
     refuse("place_not_directory", str(host.mount / "file"))
     (host.mount / "file").unlink()
     refuse("tablespace_elsewhere", str(host.mount / "sealed"))
-    host.refused("tde_tablespace", "tablespace_elsewhere", tablespaces=[{"name": "sealed", "location": str(host.mount / "other")}])
+    host.refused(
+        "tde_tablespace", "tablespace_elsewhere", tablespaces=[{"name": "sealed", "location": str(host.mount / "other")}]
+    )
     # A directory under a key of elsewhere.
     folders("foreign")
     key = os.urandom(64)
@@ -286,12 +294,18 @@ def test_killed_at_any_moment_the_second_run_makes_one_place_under_one_key(host:
     host.run("tde_tablespace", tablespaces=[{"name": "timed"}], keyslots=SLOTS)
     longest = time.monotonic() - began
     for number, moment in enumerate(moments(6, longest)):
-        host.server.psql(f"CREATE TABLE m{number} AS SELECT g FROM generate_series(1, 100) g; CREATE INDEX ON m{number} (g)", "crm")
+        host.server.psql(
+            f"CREATE TABLE m{number} AS SELECT g FROM generate_series(1, 100) g; CREATE INDEX ON m{number} (g)", "crm"
+        )
         wish = [{"name": f"k{number}", "move": {"database": "crm", "tables": [f"public.m{number}"]}}]
         host.killed("tde_tablespace", moment, tablespaces=wish, keyslots=SLOTS)
         host.run("tde_tablespace", tablespaces=wish, keyslots=SLOTS)
         assert not host.run("tde_tablespace", tablespaces=wish, keyslots=SLOTS)["changed"]
-        made = [entry for entry in host.journal() if entry["action"] == "create_data_key" and entry["key_id"] == f"tablespace.k{number}"]
+        made = [
+            entry
+            for entry in host.journal()
+            if entry["action"] == "create_data_key" and entry["key_id"] == f"tablespace.k{number}"
+        ]
         assert len({entry["kcv"] for entry in made if entry["result"] == "done"}) == 1
         policy = fscrypt.policy(str(host.mount / f"k{number}"))
         assert policy

@@ -54,7 +54,9 @@ def test_every_secret_option_is_no_log(name, monkeypatch):
 def test_a_secret_is_text(name, monkeypatch):
     """Any other type would be converted before the bridge sees what YAML made of it."""
     spec, dummy = spec_of(name, monkeypatch)
-    others = [path for path, dummy, definition in walk(spec) if definition.get("no_log") and definition.get("type", "str") != "str"]
+    others = [
+        path for path, dummy, definition in walk(spec) if definition.get("no_log") and definition.get("type", "str") != "str"
+    ]
     assert others == []
 
 

@@ -155,7 +155,9 @@ class TdeModule(AnsibleModule):  # type: ignore[misc]
 
     def _return_formatted(self, kwargs: dict[str, t.Any]) -> None:
         kwargs["invocation"] = {"module_args": mask(self._spec, self.params if not self._validating else self._given)}
-        self.no_log_values = {text for text in _hidden_texts(self._spec, self._given) if len(text) >= _SCRUB_LENGTH and not text.isdigit()}
+        self.no_log_values = {
+            text for text in _hidden_texts(self._spec, self._given) if len(text) >= _SCRUB_LENGTH and not text.isdigit()
+        }
         super()._return_formatted(kwargs)
 
     def fail_json(self, msg: str, **kwargs: t.Any) -> t.NoReturn:  # type: ignore[misc]
@@ -165,7 +167,9 @@ class TdeModule(AnsibleModule):  # type: ignore[misc]
                 if len(text) >= 3:
                     msg = msg.replace(text, "***")
             # Whoever puts a passphrase where a choice belongs must not read it in the answer.
-            msg = re.sub(r"(must be one of:? .*?,) got( no match for)?: .*", r"\1 and another value was given", msg, flags=re.DOTALL)
+            msg = re.sub(
+                r"(must be one of:? .*?,) got( no match for)?: .*", r"\1 and another value was given", msg, flags=re.DOTALL
+            )
             name = self._name.removesuffix(".py").rpartition(".")[2]
             error = TdeError(
                 "invalid_option", msg, obj="options", next_step=f"Correct them: ansible-doc hsm.tde.{name} lists what there is."
@@ -204,7 +208,9 @@ def _require(libraries: t.Iterable[str]) -> TdeError | None:
 
 def _target_python_trusted() -> bool:
     try:
-        return os.stat(TARGET_PYTHON).st_uid == 0 and os.path.realpath(sys.prefix) != os.path.dirname(os.path.dirname(TARGET_PYTHON))
+        return os.stat(TARGET_PYTHON).st_uid == 0 and os.path.realpath(sys.prefix) != os.path.dirname(
+            os.path.dirname(TARGET_PYTHON)
+        )
     except OSError:
         return False
 
@@ -245,7 +251,11 @@ def run_module(
         module.fail(error)
     except OSError as exc:
         # Nobody foresaw it here; what the operating system says still helps more than the place in the code.
-        where = exc.filename if isinstance(exc.filename, str) else os.path.basename(traceback.extract_tb(exc.__traceback__)[-1].filename)
+        where = (
+            exc.filename
+            if isinstance(exc.filename, str)
+            else os.path.basename(traceback.extract_tb(exc.__traceback__)[-1].filename)
+        )
         module.fail(os_error(exc, where, kept="The steps before it are in the journal."))
     except Exception as exc:
         # The text of a foreign exception may hold a value; its type and place do not.

@@ -101,7 +101,9 @@ def check_parents(path: str, owners: t.Collection[int] | None = None) -> None:
         pass
 
 
-def read_private(path: str, *, owners: t.Collection[int] | None = None, forbidden_mode: int = 0o077, max_bytes: int = MAX_BYTES) -> bytes:
+def read_private(
+    path: str, *, owners: t.Collection[int] | None = None, forbidden_mode: int = 0o077, max_bytes: int = MAX_BYTES
+) -> bytes:
     """Read a private file: regular, of one of ``owners``, one link, no bit of ``forbidden_mode`` set.
 
     The same descriptor is judged and read; no link is followed anywhere on the path.
@@ -136,7 +138,9 @@ def read_private(path: str, *, owners: t.Collection[int] | None = None, forbidde
                 raise os_error(exc, path) from None
 
 
-def write_atomic(path: str, data: bytes, *, mode: int = 0o600, uid: int = -1, gid: int = -1, owners: t.Collection[int] | None = None) -> None:
+def write_atomic(
+    path: str, data: bytes, *, mode: int = 0o600, uid: int = -1, gid: int = -1, owners: t.Collection[int] | None = None
+) -> None:
     """Replace a file so that a crash leaves the former or the new content, never a part.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder; on any error the temporary file goes.

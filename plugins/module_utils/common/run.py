@@ -44,7 +44,15 @@ def run_program(
         env["HOME"] = entry.pw_dir
     try:
         done = subprocess.run(
-            list(argv), input=stdin, capture_output=True, timeout=timeout, env=env, cwd="/", check=False, pass_fds=tuple(inherit), **identity
+            list(argv),
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            env=env,
+            cwd="/",
+            check=False,
+            pass_fds=tuple(inherit),
+            **identity,
         )
     except FileNotFoundError:
         raise TdeError("command_missing", "is not installed", obj=argv[0]) from None

@@ -36,7 +36,9 @@ def check_name(kind: str, name: str) -> str:
     :raises TdeError: ``invalid_option``.
     """
     if not NAME.fullmatch(name):
-        raise TdeError("invalid_option", "must be 1 to 63 of A-Z a-z 0-9 _ . - and begin with a letter or digit", obj=f"{kind} {name!r}")
+        raise TdeError(
+            "invalid_option", "must be 1 to 63 of A-Z a-z 0-9 _ . - and begin with a letter or digit", obj=f"{kind} {name!r}"
+        )
     return name
 
 

@@ -162,7 +162,9 @@ class Keyring:
             ) from None
         if slots or not self.dry or self.registry.names_token(label=label):
             raise exc
-        self.warnings.append(f"{exc.obj or access.selector}: {exc.message}. The plan takes it for one that an earlier task will make.")
+        self.warnings.append(
+            f"{exc.obj or access.selector}: {exc.message}. The plan takes it for one that an earlier task will make."
+        )
         token = Token.of(label or "?", "")
         self._coming.add(token)
         return token
@@ -274,17 +276,27 @@ class Keyring:
                 same = entry["label"] == step.data["kek_label"] and Token.of(entry["token_label"], entry["token_serial"]) == token
                 if same and entry["cluster"] not in ("", self.request.cluster):
                     raise TdeError(
-                        "invalid_option", f"is the master key of cluster {entry['cluster']}", obj=step.obj, next_step="Take another tag."
+                        "invalid_option",
+                        f"is the master key of cluster {entry['cluster']}",
+                        obj=step.obj,
+                        next_step="Take another tag.",
                     )
 
     def _demand(self, name: str) -> None:
         wish = self.wish(name)
         if wish.protection == PASSPHRASE and not self._passphrase(wish):
-            raise TdeError("credential_missing", "its passphrase was not given", obj=f"keyslot {name}", next_step="Set passphrase in keyslots.")
+            raise TdeError(
+                "credential_missing",
+                "its passphrase was not given",
+                obj=f"keyslot {name}",
+                next_step="Set passphrase in keyslots.",
+            )
         if wish.protection == PASSPHRASE:
             check_length(PassphraseSlot(name, self._passphrase(wish)))
         if wish.protection == TOKEN and wish.access is None:
-            raise TdeError("credential_missing", "no token was named", obj=f"keyslot {name}", next_step="Set library, token_label and pin.")
+            raise TdeError(
+                "credential_missing", "no token was named", obj=f"keyslot {name}", next_step="Set library, token_label and pin."
+            )
 
     def unlock(self, key_ids: t.Sequence[str]) -> None:
         """Open data keys, all with one login."""
@@ -319,7 +331,9 @@ class Keyring:
             "create_kek": self._create_kek,
             "create_data_key": self._create_data_key,
             "add_keyslot": lambda step: self._keyslot(self.store.add_keyslot, step),
-            "prove_keyslot": lambda step: void(self.store.prove_keyslot(step.data["key_id"], self._store_slot(step.data["name"], step))),
+            "prove_keyslot": lambda step: void(
+                self.store.prove_keyslot(step.data["key_id"], self._store_slot(step.data["name"], step))
+            ),
             "remove_keyslot": self._remove_keyslot,
         }
 
@@ -332,7 +346,9 @@ class Keyring:
             info = session.token
             # From now on a token that does not show is unreachable, whoever initialised it.
             self.registry.remember_token(info.label, info.serial, access.library.path)
-            create_kek(session, step.data["kek_label"], cluster=self.request.cluster, registry=self.registry, journal=self.journal)
+            create_kek(
+                session, step.data["kek_label"], cluster=self.request.cluster, registry=self.registry, journal=self.journal
+            )
         self.keks = read_keks(self.registry, self.request.cluster)
 
     def _create_data_key(self, step: Step) -> None:
@@ -363,7 +379,9 @@ class Keyring:
         ids = [kek.id for kek in self.keks if (kek.token, kek.label) == (token, label)]
         ids += [slot.kek_id for key in self.keys for slot in key.slots if (slot.token, slot.kek_label) == (token, label)]
         if not ids:
-            raise TdeError("key_unreachable", "nothing on this host tells its id", obj=f"master key {label} in token {token.label}")
+            raise TdeError(
+                "key_unreachable", "nothing on this host tells its id", obj=f"master key {label} in token {token.label}"
+            )
         return KeyRef(label, bytes.fromhex(ids[0]))
 
     def recorded_tokens(self) -> list[RecordedToken]:

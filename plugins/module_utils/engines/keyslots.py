@@ -174,7 +174,9 @@ def _prove(key_id: str, wanted: Wanted) -> Step:
 
 def remove(key_id: str, slot: Slot, why: str) -> Step:
     """The step that removes a keyslot."""
-    return Step("remove_keyslot", f"keyslot {slot.name} of data key {key_id}", why, {"key_id": key_id, "name": slot.name, "uid": slot.uid})
+    return Step(
+        "remove_keyslot", f"keyslot {slot.name} of data key {key_id}", why, {"key_id": key_id, "name": slot.name, "uid": slot.uid}
+    )
 
 
 def _fits(slot: Slot, wanted: Wanted) -> bool:
@@ -207,7 +209,9 @@ def change(keys: t.Sequence[Key], wanted: t.Sequence[Wanted], *, exclusive: bool
                 # What was never proved gives way to the addition by itself.
                 gone += [slot for slot in there if slot.proved]
                 continue
-            (additions if keep.proved is None else kept).append(_prove(key.key_id, dataclasses.replace(one, kek_label=keep.kek_label)))
+            (additions if keep.proved is None else kept).append(
+                _prove(key.key_id, dataclasses.replace(one, kek_label=keep.kek_label))
+            )
             gone += [slot for slot in there if slot.uid != keep.uid]
         removals += [remove(key.key_id, slot, "another of its name takes its place") for slot in gone]
         if exclusive:
@@ -329,7 +333,12 @@ def age(label: str, token: Token, keys: t.Sequence[Key], keks: t.Sequence[Kek], 
     """A master key's age in days: from the registry, else from the oldest keyslot under it; 0 if nothing is known."""
     times = [kek.since for kek in keks if kek.token == token and kek.label == label]
     if not times:
-        times = [slot.created for key in keys for slot in (*key.slots, *key.formerly) if slot.kek_label == label and slot.token == token]
+        times = [
+            slot.created
+            for key in keys
+            for slot in (*key.slots, *key.formerly)
+            if slot.kek_label == label and slot.token == token
+        ]
     if not times:
         return 0
     return (today - datetime.date.fromisoformat(min(times)[:10])).days

@@ -108,7 +108,9 @@ def keks_of(keys: t.Sequence[Key]) -> list[Kek]:
 
 @settings(max_examples=400)
 @given(key_files(), wishes(), st.booleans(), st.lists(st.integers(0, 12), max_size=4))
-def test_a_change_of_keyslots_survives_kills_and_settles(keys: list[Key], wanted: list[Wanted], exclusive: bool, kills: list[int]) -> None:
+def test_a_change_of_keyslots_survives_kills_and_settles(
+    keys: list[Key], wanted: list[Wanted], exclusive: bool, kills: list[int]
+) -> None:
     model = Model(keys, keks_of(keys))
     model.wanted = {one.name: one for one in wanted}
     had = {key.key_id: len({slot.name for slot in key.slots}) for key in keys}
@@ -151,7 +153,9 @@ def test_a_change_of_keyslots_survives_kills_and_settles(keys: list[Key], wanted
 def test_a_rotation_survives_kills_and_settles_on_one_master_key(under: list[str], tag: str, kills: list[int]) -> None:
     order = ["hsm-tde.main", "hsm-tde.main.1"]
     keys = [
-        Key(f"k{n}", "00", (token_slot("primary", DEMO, label, f"{n}p"), Slot("recovery", f"{n}r", keyslots.PASSPHRASE, NOW, NOW)))
+        Key(
+            f"k{n}", "00", (token_slot("primary", DEMO, label, f"{n}p"), Slot("recovery", f"{n}r", keyslots.PASSPHRASE, NOW, NOW))
+        )
         for n, label in enumerate(under)
     ]
     made = [Kek(DEMO, label, NOW) for label in order[: max((order.index(label) + 1 for label in under), default=0)]]
@@ -182,14 +186,24 @@ def test_a_rotation_survives_kills_and_settles_on_one_master_key(under: list[str
 def rotated(*labels_: str) -> tuple[list[Key], list[Kek]]:
     """A key that went through these master keys."""
     slots = [token_slot("primary", DEMO, label, label) for label in labels_]
-    return [Key("cluster", "00", (slots[-1],), tuple(slots[:-1]))], [Kek(DEMO, label, f"2026-0{n + 1}-01T00:00:00Z") for n, label in enumerate(labels_)]
+    return [Key("cluster", "00", (slots[-1],), tuple(slots[:-1]))], [
+        Kek(DEMO, label, f"2026-0{n + 1}-01T00:00:00Z") for n, label in enumerate(labels_)
+    ]
 
 
 def test_a_former_tag_is_not_taken_back() -> None:
     keys, keks = rotated("hsm-tde.main", "hsm-tde.main.2", "hsm-tde.main.3")
     for former in ([], keys[0].formerly):
         with pytest.raises(TdeError) as caught:
-            keyslots.rotate("main", [dataclasses.replace(keys[0], formerly=tuple(former))], keks, slot="primary", token=DEMO, tag="2", today=TODAY)
+            keyslots.rotate(
+                "main",
+                [dataclasses.replace(keys[0], formerly=tuple(former))],
+                keks,
+                slot="primary",
+                token=DEMO,
+                tag="2",
+                today=TODAY,
+            )
         assert caught.value.code == "tag_superseded"
 
 

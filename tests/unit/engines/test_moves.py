@@ -72,7 +72,9 @@ class World:
             here.add(999)
         if moves.default and stop > len(moves.relations):
             self.state = dataclasses.replace(self.state, default_setting=target)
-        relations = tuple(dataclasses.replace(one, tablespace=target) if one.oid in here else one for one in self.catalog.relations)
+        relations = tuple(
+            dataclasses.replace(one, tablespace=target) if one.oid in here else one for one in self.catalog.relations
+        )
         self.catalog = dataclasses.replace(self.catalog, relations=relations)
 
 

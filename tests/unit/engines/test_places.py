@@ -161,11 +161,18 @@ def test_a_single_keyslot_is_refused_for_a_new_place_unless_on_purpose() -> None
         # In the catalog and not on the disk: dropping or making it anew would lose what is on the disk that is not mounted.
         (NEW, CatalogFacts(True, NEW.path, "postgres"), False, "place_unreachable"),
         (dataclasses.replace(NEW, exists=True, empty=False), CatalogFacts(True, NEW.path, "postgres"), False, "place_plain"),
-        (dataclasses.replace(MADE, kernel_key="absent", empty=None), CatalogFacts(True, NEW.path, "postgres"), True, "place_closed"),
+        (
+            dataclasses.replace(MADE, kernel_key="absent", empty=None),
+            CatalogFacts(True, NEW.path, "postgres"),
+            True,
+            "place_closed",
+        ),
         (dataclasses.replace(MADE, empty=False), CatalogFacts(), False, "place_not_empty"),
     ],
 )
-def test_a_tablespace_that_is_not_what_it_should_be_is_refused(place: PlaceFacts, catalog: CatalogFacts, moves: bool, code: str) -> None:
+def test_a_tablespace_that_is_not_what_it_should_be_is_refused(
+    place: PlaceFacts, catalog: CatalogFacts, moves: bool, code: str
+) -> None:
     with pytest.raises(TdeError) as caught:
         plan.tablespace(WISH, place, KEY, catalog, SLOTS, owner=POSTGRES, no_recovery=False, moves=moves)
     assert caught.value.code == code
@@ -202,7 +209,10 @@ def test_closing_is_refused_under_a_server_and_forced_only_on_purpose(status: st
     assert caught.value.code == "place_in_use"
     assert len(plan.close_places([place], running="the server runs", users=["postgres (1)"], force=True)) == 1
     # Nothing to close is no reason to fail.
-    assert plan.close_places([dataclasses.replace(MADE, kernel_key="absent")], running="the server runs", users=[], force=False) == []
+    assert (
+        plan.close_places([dataclasses.replace(MADE, kernel_key="absent")], running="the server runs", users=[], force=False)
+        == []
+    )
 
 
 def test_creating_a_cluster_is_repeated_only_where_it_was_begun_and_never_ran() -> None:

@@ -194,14 +194,21 @@ def test_options_that_are_not_enough(given_: dict[str, t.Any]) -> None:
 text = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=20)
 
 
-@given(st.lists(st.builds(records.Place, text, text.map(lambda end: "/" + end), st.just("/srv"), st.none() | text, text, st.booleans())))
+@given(
+    st.lists(
+        st.builds(records.Place, text, text.map(lambda end: "/" + end), st.just("/srv"), st.none() | text, text, st.booleans())
+    )
+)
 def test_a_record_comes_back_as_it_was_written(places: list[records.Place]) -> None:
-    record = records.Record("main", "postgresql", {"a": 1}, "c0ffee", (records.Token("/lib", {"A": "b"}, "demo", ""),), tuple(places))
+    record = records.Record(
+        "main", "postgresql", {"a": 1}, "c0ffee", (records.Token("/lib", {"A": "b"}, "demo", ""),), tuple(places)
+    )
     assert records.parse(json.loads(json.dumps(record.public())), "x") == record
 
 
 @pytest.mark.parametrize(
-    "content", [None, [], {}, {"version": 2}, {"version": 1}, {"version": 1, "cluster": "main", "engine": "postgresql", "options": 1}]
+    "content",
+    [None, [], {}, {"version": 2}, {"version": 1}, {"version": 1, "cluster": "main", "engine": "postgresql", "options": 1}],
 )
 def test_a_record_that_cannot_be_read_is_damaged_not_absent(content: t.Any) -> None:
     with pytest.raises(TdeError) as caught:

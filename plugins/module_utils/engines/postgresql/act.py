@@ -233,7 +233,17 @@ class Acts:
         if options.debian_cluster:
             version, name = servers.split_cluster(options.debian_cluster)
             # Its own options come first; authentication is peer and scram-sha-256 by its default.
-            argv = ["pg_createcluster", "--user", options.os_user, "--datadir", path, version, name, "--", *options.initdb_options]
+            argv = [
+                "pg_createcluster",
+                "--user",
+                options.os_user,
+                "--datadir",
+                path,
+                version,
+                name,
+                "--",
+                *options.initdb_options,
+            ]
             run_program(argv, timeout=_INITDB_SECONDS, inherit=[held])
         else:
             initdb = os.path.join(servers.bin_directory(options.bin_directory), "initdb")

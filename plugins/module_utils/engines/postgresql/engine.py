@@ -41,7 +41,10 @@ class Postgresql(Engine):
         self.record = records.read(request.state, request.cluster)
         if self.record and self.record.engine != self.name:
             raise TdeError(
-                "invalid_option", f"is a cluster of engine {self.record.engine}", obj=f"cluster {request.cluster}", next_step="Name that engine."
+                "invalid_option",
+                f"is a cluster of engine {self.record.engine}",
+                obj=f"cluster {request.cluster}",
+                next_step="Name that engine.",
             )
         self.options: Options = complete(request.options, self.record.options if self.record else {})
 
@@ -138,7 +141,12 @@ class Postgresql(Engine):
         :raises TdeError: ``place_unreachable``.
         """
         record = self.record
-        if record is None or not record.file_system or not storage.mounted or record.options.get("mount_point") != storage.wish.mount_point:
+        if (
+            record is None
+            or not record.file_system
+            or not storage.mounted
+            or record.options.get("mount_point") != storage.wish.mount_point
+        ):
             return
         found = look.file_system(storage.wish.mount_point)
         if found != record.file_system and record.options.get("image") == storage.wish.image:
@@ -195,7 +203,13 @@ class Postgresql(Engine):
                     obj = f"keyslot {wish.keyslot} in token {token.label}"
                     keys = [key.key_id for key in ring.keys]
                     ring.journal.append(
-                        "rotate_master_key", obj, result=result, cluster=self.request.cluster, tag=wish.tag, max_age=wish.max_age, keys=keys
+                        "rotate_master_key",
+                        obj,
+                        result=result,
+                        cluster=self.request.cluster,
+                        tag=wish.tag,
+                        max_age=wish.max_age,
+                        keys=keys,
                     )
 
             def run(steps: Plan) -> Plan:

@@ -49,7 +49,9 @@ def _places(facts: Facts) -> t.Iterator[str]:
     directory = facts["data_directory"]
     rows = [(f"The data directory {directory['path']}", directory)] if directory else []
     rows += [(f"The data directory's {one['name']} ({one['path']})", one) for one in facts["elsewhere"]]
-    rows += [(f"Tablespace {one['name']} ({one['path']})", one) for one in facts["tablespaces"] if not _in_directory(one, directory)]
+    rows += [
+        (f"Tablespace {one['name']} ({one['path']})", one) for one in facts["tablespaces"] if not _in_directory(one, directory)
+    ]
     for name, place in rows:
         if place["encryption"] in words:
             yield f"{name} {words[place['encryption']]}."
@@ -115,13 +117,19 @@ def _keyslots(facts: Facts) -> t.Iterator[str]:
 
 
 def _host(facts: Facts) -> t.Iterator[str]:
-    software = sorted({token["label"] for token in facts["tokens"] if any(part in token["library"].lower() for part in _SOFTWARE)})
+    software = sorted(
+        {token["label"] for token in facts["tokens"] if any(part in token["library"].lower() for part in _SOFTWARE)}
+    )
     if software:
         yield f"Token {', '.join(software)} is software: its keys lie in files of this host, under the PIN alone."
     source = facts["pin_source"] or {}
     if source.get("kind") == "file":
         where = "on the same file system as the store" if facts["same_disk"] else "on this host"
-        more = ", the token's files with them: whoever takes the disk takes all that opens it" if software and facts["same_disk"] else ""
+        more = (
+            ", the token's files with them: whoever takes the disk takes all that opens it"
+            if software and facts["same_disk"]
+            else ""
+        )
         yield f"The PIN for the boot rests in {source['path']}, {where}{more}."
     elif source.get("kind") == "credential":
         yield "The PIN for the boot is a systemd credential: without a TPM its key lies on the same disk."

@@ -73,7 +73,15 @@ def encryption(path: str, identifiers: t.Mapping[str, str]) -> Facts:
 
 def _facts(path: str) -> Facts:
     """What :func:`encryption` tells, before anything was seen."""
-    return {"path": path, "encryption": UNKNOWN, "key_id": None, "identifier": None, "kernel_key": None, "mount": None, "problem": None}
+    return {
+        "path": path,
+        "encryption": UNKNOWN,
+        "key_id": None,
+        "identifier": None,
+        "kernel_key": None,
+        "mount": None,
+        "problem": None,
+    }
 
 
 def elsewhere(directory: str, identifiers: t.Mapping[str, str], problems: list[str]) -> list[Facts]:
@@ -112,7 +120,9 @@ def _tablespaces(server: look.Server, identifiers: t.Mapping[str, str], problems
                 found.append({"name": one.name, "owner": one.owner, **_facts("?"), "problem": "the server cannot read its link"})
                 continue
             inner = os.path.join(server.answer.data_directory, {"pg_global": "global"}.get(one.name, "base"))
-            found.append({"name": one.name, "owner": one.owner, **encryption(os.path.realpath(one.location or inner), identifiers)})
+            found.append(
+                {"name": one.name, "owner": one.owner, **encryption(os.path.realpath(one.location or inner), identifiers)}
+            )
         return found
     links = os.path.join(server.data_directory, "pg_tblspc")
     try:
@@ -199,7 +209,9 @@ def collect(engine: Postgresql) -> Facts:
         except TdeError as exc:
             problems.append(f"{place.path}: {exc.message}")
             continue
-        places.append({"key_id": place.key_id, **public.place_facts(facts), "exists": facts.exists, "mount_point": place.mount_point})
+        places.append(
+            {"key_id": place.key_id, **public.place_facts(facts), "exists": facts.exists, "mount_point": place.mount_point}
+        )
     found: Facts = {
         "cluster": cluster,
         "engine": engine.name,

@@ -48,7 +48,9 @@ class Keystore:
         check_present(self.engine.options)
         user = self.engine.options.user()
         wish = self.wish
-        wishes = wish.slots if wish.slots is not None else [SlotWish("primary", keyslots.TOKEN, access=self.engine.request.access)]
+        wishes = (
+            wish.slots if wish.slots is not None else [SlotWish("primary", keyslots.TOKEN, access=self.engine.request.access)]
+        )
         ring = self.engine.keyring(wishes, self.check)
         acts = self.engine.acts(ring)
         ring.log_in(ring.wanted())
@@ -79,7 +81,9 @@ class Keystore:
                 place = self._cluster_place(ring, bool(pending))
                 # One that was made is judged once its storage is mounted: what hides it tells nothing about it.
                 if not (pending and place.made):
-                    later += plan.make_place(place, ring.key(plan.CLUSTER_KEY), wanted, owner=user.pw_uid, no_recovery=wish.no_recovery)
+                    later += plan.make_place(
+                        place, ring.key(plan.CLUSTER_KEY), wanted, owner=user.pw_uid, no_recovery=wish.no_recovery
+                    )
                     later += self._fill(place)
             later = plan.before_removals(later, self._pin_steps(ring))
             steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
@@ -98,7 +102,9 @@ class Keystore:
         outcome = self.engine.rounds(decide, run, check=self.check)
         outcome.warnings += ring.warnings
         if self.engine.options.coverage == "tablespaces" and len(wishes) < 2 and not ring.keys and not wish.no_recovery:
-            outcome.warnings.append("Only one keyslot is listed: the first tablespace will ask for a second one, or for no_recovery.")
+            outcome.warnings.append(
+                "Only one keyslot is listed: the first tablespace will ask for a second one, or for no_recovery."
+            )
         outcome.facts.update(self._keystore_facts(ring))
         return outcome
 
@@ -118,7 +124,12 @@ class Keystore:
                 next_step="Name that one; or take another name for another cluster.",
             )
         return look.place(
-            plan.CLUSTER_KEY, path, ring.key(plan.CLUSTER_KEY), recorded, journalled=made.get(plan.CLUSTER_KEY, ""), pending=pending
+            plan.CLUSTER_KEY,
+            path,
+            ring.key(plan.CLUSTER_KEY),
+            recorded,
+            journalled=made.get(plan.CLUSTER_KEY, ""),
+            pending=pending,
         )
 
     def _fill(self, place: plan.PlaceFacts) -> Plan:
@@ -166,7 +177,9 @@ class Keystore:
             return []
         path, pin, there = source["path"], self._boot_pin(ring), _at_rest(source["path"])
         if pin is None and not there:
-            raise TdeError("credential_missing", "there is no such file, and no PIN was given to write it", obj=f"pin_source {path}")
+            raise TdeError(
+                "credential_missing", "there is no such file, and no PIN was given to write it", obj=f"pin_source {path}"
+            )
         if pin is None or (pin in there and not leftovers(path)):
             return []
         return [Step("write_pin_source", path, "so that the keystore opens at boot", {"path": path})]

@@ -280,7 +280,9 @@ class Progress:
 
     rows: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
 
-    def add(self, database: str, obj: str, kind: str, tablespace: str, target: str, size: int, seconds: float, attempts: int) -> None:
+    def add(
+        self, database: str, obj: str, kind: str, tablespace: str, target: str, size: int, seconds: float, attempts: int
+    ) -> None:
         self.rows.append(
             {
                 "database": database,
@@ -365,7 +367,9 @@ class Mover:
         import psycopg
         from psycopg import sql as quoted
 
-        statement = quoted.SQL(STATEMENTS[relation.kind]).format(sql.qualified(relation.schema, relation.name), quoted.Identifier(target))
+        statement = quoted.SQL(STATEMENTS[relation.kind]).format(
+            sql.qualified(relation.schema, relation.name), quoted.Identifier(target)
+        )
         began = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             try:

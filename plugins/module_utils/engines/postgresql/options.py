@@ -113,7 +113,9 @@ def check_present(options: Options) -> None:
         )
     if options.coverage == "cluster":
         if options.data_directory is None:
-            raise TdeError("invalid_option", "is missing", obj="option data_directory", next_step="With coverage: cluster it is the place.")
+            raise TdeError(
+                "invalid_option", "is missing", obj="option data_directory", next_step="With coverage: cluster it is the place."
+            )
         if not options.data_directory.startswith(f"{options.mount_point}/"):
             raise TdeError(
                 "invalid_option",

@@ -127,7 +127,9 @@ def _check_new(place: PlaceFacts, key: Key | None) -> None:
             next_step="Choose a location outside of it.",
         )
     if place.unsupported:
-        raise TdeError("fscrypt_unsupported", place.unsupported, obj=obj, next_step="Choose a file system that can, or storage: image.")
+        raise TdeError(
+            "fscrypt_unsupported", place.unsupported, obj=obj, next_step="Choose a file system that can, or storage: image."
+        )
     if place.parent:
         raise TdeError(
             "place_parent_unsafe",
@@ -138,7 +140,9 @@ def _check_new(place: PlaceFacts, key: Key | None) -> None:
     if not place.exists:
         return
     if not place.directory:
-        raise TdeError("place_not_directory", "is a link or not a directory", obj=obj, next_step="Remove it, or choose another location.")
+        raise TdeError(
+            "place_not_directory", "is a link or not a directory", obj=obj, next_step="Remove it, or choose another location."
+        )
     if place.policy and key is None:
         raise _foreign(place, "is encrypted with a key that the store does not hold")
     if place.policy and key is not None and place.policy != key.check_value:
@@ -173,7 +177,9 @@ def make_place(place: PlaceFacts, key: Key | None, slots: t.Sequence[Wanted], *,
     if key is None:
         demand_recovery(slots, no_recovery, f"data key {place.key_id}")
         names = [one.name for one in slots]
-        plan.append(Step("create_data_key", f"data key {place.key_id}", f"under keyslots {', '.join(names)}", {**data, "slots": names}))
+        plan.append(
+            Step("create_data_key", f"data key {place.key_id}", f"under keyslots {', '.join(names)}", {**data, "slots": names})
+        )
     elif len({slot.name for slot in key.slots}) < 2 and not no_recovery:
         raise recovery_missing(f"data key {place.key_id}", "its only keyslot would be the only way to the data")
     if not place.open:
@@ -214,7 +220,9 @@ def close_places(places: t.Sequence[PlaceFacts], *, running: str, users: t.Seque
     :raises TdeError: ``server_running``, ``place_in_use``.
     """
     plan = [
-        Step("remove_kernel_key", f"data key {place.key_id}", f"closes {place.path}", {"key_id": place.key_id, "path": place.path})
+        Step(
+            "remove_kernel_key", f"data key {place.key_id}", f"closes {place.path}", {"key_id": place.key_id, "path": place.path}
+        )
         for place in places
         if place.kernel_key in ("present", "incompletely_removed")
     ]
@@ -258,7 +266,9 @@ def fill_cluster(place: PlaceFacts, *, create: bool, how: str) -> Plan:
     data = {"key_id": place.key_id, "path": place.path}
     plan: Plan = [add_kernel_key(place)] if place.made and not place.open else []
     if place.begun:
-        plan.append(Step("clear_place", f"directory {place.path}", "an earlier run was stopped while it created the cluster", data))
+        plan.append(
+            Step("clear_place", f"directory {place.path}", "an earlier run was stopped while it created the cluster", data)
+        )
     plan.append(Step("create_cluster", f"directory {place.path}", how, data))
     return plan
 
@@ -303,7 +313,12 @@ def tablespace(
             next_step="Take another name, or name that location.",
         )
     if catalog.taken:
-        raise TdeError("tablespace_elsewhere", f"its location belongs to tablespace {catalog.taken}", obj=obj, next_step="Take another location.")
+        raise TdeError(
+            "tablespace_elsewhere",
+            f"its location belongs to tablespace {catalog.taken}",
+            obj=obj,
+            next_step="Take another location.",
+        )
     if catalog.exists and not (place.exists and place.directory):
         raise _unreachable(place, f"tablespace {wish.name} is in the catalog and its directory does not show")
     if catalog.exists and not place.policy and not place.made:
@@ -318,12 +333,18 @@ def tablespace(
         if place.made and not place.open:
             plan.append(add_kernel_key(place))
         if place.made and place.empty is False:
-            raise TdeError("place_not_empty", "is not empty", obj=place.path, next_step="Find out what is in it, and move it away.")
+            raise TdeError(
+                "place_not_empty", "is not empty", obj=place.path, next_step="Find out what is in it, and move it away."
+            )
         data = {"name": wish.name, "path": place.path, "owner": wish.owner or ""}
         plan.append(Step("create_tablespace", obj, f"at {place.path}", data))
         return plan
     if wish.owner and wish.owner != catalog.owner:
-        plan.append(Step("set_tablespace_owner", obj, f"{wish.owner} instead of {catalog.owner}", {"name": wish.name, "owner": wish.owner}))
+        plan.append(
+            Step(
+                "set_tablespace_owner", obj, f"{wish.owner} instead of {catalog.owner}", {"name": wish.name, "owner": wish.owner}
+            )
+        )
     if moves and place.made and not place.open:
         raise TdeError(
             "place_closed",

@@ -73,7 +73,9 @@ def _apply(after: Facts, step: Step) -> None:
         keys[data["key_id"]] = {"check_value": "new", "keyslots": dict.fromkeys(data["slots"], "new")}
     elif step.action == "add_keyslot" and data["key_id"] in keys:
         keys[data["key_id"]]["keyslots"][data["name"]] = "new"
-    elif step.action == "remove_keyslot" and data["key_id"] in keys and keys[data["key_id"]]["keyslots"].get(data["name"]) != "new":
+    elif (
+        step.action == "remove_keyslot" and data["key_id"] in keys and keys[data["key_id"]]["keyslots"].get(data["name"]) != "new"
+    ):
         keys[data["key_id"]]["keyslots"].pop(data["name"], None)
     elif step.action == "record_place":
         places[data["key_id"]] = {"path": data["path"], "encrypted": True, "made": True, "kernel_key": "present"}

@@ -53,7 +53,10 @@ def bin_directory(option: str | None, version: str | None = None) -> str:
         if os.access(os.path.join(path, "initdb"), os.X_OK):
             return path
     raise TdeError(
-        "command_missing", "no initdb found", obj=", ".join(found) or _PROGRAMS, next_step="Install PostgreSQL, or set bin_directory."
+        "command_missing",
+        "no initdb found",
+        obj=", ".join(found) or _PROGRAMS,
+        next_step="Install PostgreSQL, or set bin_directory.",
     )
 
 
@@ -110,7 +113,9 @@ def postmaster(data_directory: str, proc: str = PROC) -> Postmaster | None:
         if entry.isdigit():
             try:
                 base = os.path.join(proc, entry)
-                if os.readlink(os.path.join(base, "cwd")) == here and "postgres" in os.path.basename(os.readlink(os.path.join(base, "exe"))):
+                if os.readlink(os.path.join(base, "cwd")) == here and "postgres" in os.path.basename(
+                    os.readlink(os.path.join(base, "exe"))
+                ):
                     status = _read(os.path.join(proc, entry, "status"))
                     if "\nState:\tZ" not in status:
                         candidates.append((int(entry), int(status.split("\nPPid:")[1].split()[0])))
@@ -155,7 +160,11 @@ def split_cluster(option: str) -> tuple[str, str]:
     :raises TdeError: ``invalid_option``.
     """
     parts: t.Sequence[str] = option.split("/")
-    if len(parts) != 2 or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", parts[0]) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", parts[1]):
+    if (
+        len(parts) != 2
+        or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", parts[0])
+        or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", parts[1])
+    ):
         raise TdeError("invalid_option", "must be VERSION/NAME, such as 15/main", obj=f"debian_cluster {option!r}")
     return parts[0], parts[1]
 

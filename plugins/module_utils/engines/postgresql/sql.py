@@ -115,11 +115,15 @@ def _unreached(where: Access, exc: Exception) -> TdeError:
     if answer == pq.Ping.OK:
         said = str(exc).strip().splitlines()[-1] if str(exc).strip() else type(exc).__name__
         return TdeError("server_refused", said, obj=obj, next_step="Check login_user, the password and pg_hba.conf.")
-    return TdeError("server_down", "does not answer", obj=obj, next_step="Start it, or check login_host, login_port and login_unix_socket.")
+    return TdeError(
+        "server_down", "does not answer", obj=obj, next_step="Start it, or check login_host, login_port and login_unix_socket."
+    )
 
 
 @contextlib.contextmanager
-def connect(where: Access, database: str | None = None, *, lock_seconds: float = LOCK_SECONDS) -> t.Iterator[psycopg.Connection[t.Any]]:
+def connect(
+    where: Access, database: str | None = None, *, lock_seconds: float = LOCK_SECONDS
+) -> t.Iterator[psycopg.Connection[t.Any]]:
     """A connection in autocommit mode with ``search_path = pg_catalog`` and time-outs.
 
     :param database: the database, the options' one if not given.
@@ -157,7 +161,11 @@ def failed(exc: psycopg.Error, obj: str) -> TdeError:
     if not state or state.startswith(("08", "57P")):
         return TdeError("server_down", f"ended the connection: {said}", obj=obj, kept="What was done before it stays done.")
     return TdeError(
-        "server_failed", f"{said} (SQLSTATE {state})", obj=obj, kept="What was done before it stays done.", details={"sqlstate": state}
+        "server_failed",
+        f"{said} (SQLSTATE {state})",
+        obj=obj,
+        kept="What was done before it stays done.",
+        details={"sqlstate": state},
     )
 
 

@@ -138,7 +138,10 @@ class Tablespaces:
             raise TdeError("invalid_option", "must be an absolute path", obj=f"location {location!r}")
         if recorded and os.path.normpath(location) != recorded.path:
             raise TdeError(
-                "tablespace_elsewhere", f"was made at {recorded.path}", obj=f"tablespace {item.name}", next_step="Leave location out, or name that one."
+                "tablespace_elsewhere",
+                f"was made at {recorded.path}",
+                obj=f"tablespace {item.name}",
+                next_step="Leave location out, or name that one.",
             )
         return os.path.normpath(location)
 
@@ -167,7 +170,13 @@ class Tablespaces:
             )
         made = self.engine.made().get(key_id, "")
         return look.place(
-            key_id, location, self.ring.key(key_id), recorded, journalled=made, data_directory=server.data_directory, pending=below
+            key_id,
+            location,
+            self.ring.key(key_id),
+            recorded,
+            journalled=made,
+            data_directory=server.data_directory,
+            pending=below,
         )
 
     def _moves(self, server: look.Server, answer: sql.Server) -> Plan:
@@ -178,7 +187,10 @@ class Tablespaces:
             found = answer.database(name)
             if found is None or not found.connects:
                 raise TdeError(
-                    "database_absent", "takes no connections" if found else "does not exist", obj=f"database {name}", next_step="Correct its name."
+                    "database_absent",
+                    "takes no connections" if found else "does not exist",
+                    obj=f"database {name}",
+                    next_step="Correct its name.",
                 )
             with sql.connect(server.access, name) as connection:
                 catalog = move.read_catalog(connection)
@@ -284,7 +296,9 @@ def _usable(server: look.Server) -> sql.Server:
     if answer.standby:
         raise TdeError("server_is_standby", "is a standby", obj=obj, next_step="Run this on the primary.")
     if not answer.superuser:
-        raise TdeError("server_privilege_missing", f"{answer.user} is no superuser", obj=obj, next_step="Set login_user, or leave it out.")
+        raise TdeError(
+            "server_privilege_missing", f"{answer.user} is no superuser", obj=obj, next_step="Set login_user, or leave it out."
+        )
     process = servers.postmaster(answer.data_directory)
     if process is None or os.path.realpath(answer.data_directory) != os.path.realpath(server.data_directory):
         raise TdeError(
@@ -316,11 +330,18 @@ def _steps(moves: move.Moves, target: str, state: move.DatabaseState) -> Plan:
     steps: Plan = []
     if moves.whole:
         steps.append(
-            Step("move_database", f"database {moves.database}", f"to tablespace {target}, nobody being connected", {**common, "from": state.tablespace})
+            Step(
+                "move_database",
+                f"database {moves.database}",
+                f"to tablespace {target}, nobody being connected",
+                {**common, "from": state.tablespace},
+            )
         )
     for one in moves.relations:
         obj = f"{move.KINDS[one.kind]} {one.label} in database {moves.database}"
-        steps.append(Step("move_relation", obj, f"from {one.tablespace} to {target}", {**common, "relation": dataclasses.asdict(one)}))
+        steps.append(
+            Step("move_relation", obj, f"from {one.tablespace} to {target}", {**common, "relation": dataclasses.asdict(one)})
+        )
     if moves.large_objects:
         steps.append(Step("move_large_objects", f"large objects of database {moves.database}", f"to {target}", common))
     if moves.default:
