@@ -19,6 +19,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.respawn import has_respawned, respawn_module
+from ansible.module_utils.parsing.convert_bool import BOOLEANS
 
 from .errors import TdeError
 from .files import os_error
@@ -49,6 +50,19 @@ def _uri_with_pin(value: t.Any) -> bool:
     return isinstance(value, str) and "pin-value" in value.lower()
 
 
+def _malformed(definition: t.Mapping[str, t.Any], value: t.Any) -> bool:
+    """Whether a text stands where something else belongs: perhaps a secret in the wrong field."""
+    kind = definition.get("type", "str")
+    if not isinstance(value, str):
+        return False
+    if definition.get("choices"):
+        return value not in definition["choices"]
+    if kind == "bool":
+        return value.lower() not in BOOLEANS
+    number = {"int": r"[+-]?\d+", "float": r"[+-]?\d+(\.\d*)?"}.get(kind)
+    return kind == "dict" or (number is not None and not re.fullmatch(number, value.strip()))
+
+
 def mask(spec: Spec, params: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     """The options as they may be shown: secrets, unknown options and malformed dictionaries without their values."""
     shown: dict[str, t.Any] = {}
@@ -62,7 +76,7 @@ def mask(spec: Spec, params: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
             shown[name] = None
         elif spec[option].get("no_log") or _uri_with_pin(value):
             shown[name] = _MASK
-        elif spec[option].get("choices") and isinstance(value, str) and value not in spec[option]["choices"]:
+        elif _malformed(spec[option], value):
             shown[name] = _UNKNOWN
         elif spec[option].get("options") is not None:
             inner = spec[option]["options"]
@@ -86,7 +100,7 @@ def _hidden_texts(spec: Spec, params: t.Any) -> t.Iterator[str]:
         option = _canonical(spec, name) if isinstance(name, str) else None
         if isinstance(name, str) and name.startswith("_ansible_"):
             continue
-        if option is None or spec[option].get("no_log") or _uri_with_pin(value):
+        if option is None or spec[option].get("no_log") or _uri_with_pin(value) or _malformed(spec[option], value):
             yield from _texts(value)
         elif spec[option].get("options") is not None:
             for item in value if isinstance(value, list) else [value]:

@@ -46,6 +46,14 @@ def test_what_is_no_choice_is_not_shown():
     assert "geheim" not in json.dumps(mask(spec, {"protection": "geheim"}))
 
 
+@pytest.mark.parametrize("kind", ["int", "float", "bool", "dict"])
+def test_a_text_where_something_else_belongs_is_not_shown(kind):
+    spec = {"option": {"type": kind}}
+    assert "geheim" not in json.dumps(mask(spec, {"option": "geheim"}))
+    for value in {"int": [5, "5"], "float": [0.5, "0.5"], "bool": [True, "yes"], "dict": [{"a": 1}]}[kind]:
+        assert mask(spec, {"option": value}) == {"option": value}
+
+
 def test_a_uri_that_carries_a_pin_is_not_shown():
     assert "8642" not in json.dumps(mask(SPEC, {"library": "pkcs11:token=demo?Pin-Value=8642"}))
 
