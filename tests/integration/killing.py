@@ -2,8 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """A task in a process of its own that is killed, and the look at the host afterwards.
 
-The process is a fork of the test's, which has imported everything and loaded no PKCS#11 library: it begins to work at
-once, so that random moments fall into the work and not into Python's start.
+The process is a fork of the test's, which has imported everything (:func:`preload`) and loaded no PKCS#11 library: it
+begins to work at once, so that random moments fall into the work and not into Python's start.
 """
 
 from __future__ import annotations
@@ -38,6 +38,18 @@ Task = t.Callable[[], dict[str, t.Any]]
 #: The orphans of a killed task may still be at work: these answers say so, and that it must be run again.
 _WAIT_CODES = ("busy", "place_in_use")
 _WAIT_SECONDS = 30.0
+
+
+def preload() -> None:
+    """Import what the tasks import when they come to it."""
+    ours = "ansible_collections.hsm.tde.plugins.module_utils"
+    for name in (
+        *("psycopg", "psycopg.sql", "psycopg.conninfo", "pkcs11", "pkcs11.mechanisms", "pkcs11.exceptions"),
+        *(f"cryptography.hazmat.primitives.{one}" for one in ("ciphers.aead", "kdf.scrypt", "kdf.hkdf", "asymmetric.ec")),
+        *(f"{ours}.engines.postgresql.{one}" for one in ("engine", "keystore", "tablespaces")),
+        *(f"{ours}.keystore.{one}" for one in ("passphrase", "token")),
+    ):
+        importlib.import_module(name)
 
 
 def task(module: str, arguments: t.Mapping[str, t.Any], *, check: bool = False) -> Task:

@@ -9,7 +9,6 @@ transaction fails.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from ansible_collections.hsm.tde.tests.integration.workflows import (
     ProtectionChange,
     Rotation,
     Town,
+    Workflow,
     destroy,
 )
 
@@ -40,7 +40,7 @@ SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
 #: The exact moments: each n-th of a workflow's calls, 1 for all, which takes an hour.
 EVERY = int(os.environ.get("HSM_TDE_KILL_EVERY", "16"))
 
-WORKFLOWS = [Creation, Rotation, PinChange, ProtectionChange, Move]
+WORKFLOWS: list[t.Any] = [Creation, Rotation, PinChange, ProtectionChange, Move]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def home() -> t.Iterator[Path]:
     cheap = mock.patch.object(passphrase, "default_kdf", return_value=passphrase.Scrypt(log_n=10))
     path = Path(tempfile.mkdtemp(prefix="hsm-tde-kill.", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     path.chmod(0o755)
+    killing.preload()
     try:
         with cheap:
             yield path
@@ -63,19 +64,21 @@ def town(home: Path) -> t.Iterator[Town]:
     made = Town(home / "town")
     try:
         yield made
+        made.reboot()
     finally:
         destroy(made)
 
 
 @pytest.fixture
-def workflow(request: pytest.FixtureRequest, home: Path) -> t.Any:
+def workflow(request: pytest.FixtureRequest, home: Path) -> Workflow:
     """The workflow that the test is about."""
-    return Creation(home / "new") if request.param is Creation else request.param(request.getfixturevalue("town"))
+    made: Workflow = Creation(home / "new") if request.param is Creation else request.param(request.getfixturevalue("town"))
+    return made
 
 
-def work_on(workflow: t.Any, kills: killing.Kills, enough: t.Callable[[], bool]) -> None:
+def work_on(workflow: Workflow, kills: killing.Kills, enough: t.Callable[[], bool]) -> None:
     """Kill and finish a workflow's tasks until it is enough, and say what was met."""
-    with workflow.town.load() if hasattr(workflow, "town") else contextlib.nullcontext():
+    with workflow.load():
         try:
             while not enough():
                 workflow.once(kills)
@@ -86,7 +89,7 @@ def work_on(workflow: t.Any, kills: killing.Kills, enough: t.Callable[[], bool])
 
 @pytest.mark.parametrize("count", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workflow", WORKFLOWS, indirect=True)
-def test_killed_at_random_moments(workflow: t.Any, count: int) -> None:
+def test_killed_at_random_moments(workflow: Workflow, count: int) -> None:
     kills = killing.AtRandom(workflow.name, SEED)
     work_on(workflow, kills, lambda: kills.killed >= count)
     assert len(kills.found) > 1, "every kill left the same to do"
@@ -94,7 +97,7 @@ def test_killed_at_random_moments(workflow: t.Any, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workflow", WORKFLOWS, indirect=True)
-def test_killed_before_calls_that_change_something(workflow: t.Any) -> None:
+def test_killed_before_calls_that_change_something(workflow: Workflow) -> None:
     if isinstance(workflow, Creation):
         workflow.fill = False
     kills = killing.AtCalls(workflow.name, EVERY, 1 + SEED % EVERY)

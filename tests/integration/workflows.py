@@ -59,10 +59,27 @@ def clean(host: Estate, secrets: t.Iterable[bytes], pin_file: Path) -> None:
     killing.one_loop_device(host.image)
 
 
+class Workflow:
+    """What is begun, killed and finished."""
+
+    name: str
+
+    def once(self, kills: killing.Kills) -> None:
+        """One task, and the look at the host afterwards."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Leave the host to another workflow."""
+
+    def load(self) -> contextlib.AbstractContextManager[None]:
+        """What goes on meanwhile."""
+        return contextlib.nullcontext()
+
+
 # --- creation
 
 
-class Creation:
+class Creation(Workflow):
     """From an empty token to a database cluster inside an encrypted directory, on a new host each time.
 
     :param engine: further options of the engine.
@@ -124,9 +141,6 @@ class Creation:
             host.server.psql("CREATE TABLE t AS SELECT g FROM generate_series(1, 100) g; CHECKPOINT")
             assert host.server.psql("SELECT sum(g) FROM t") == "5050"
 
-    def end(self) -> None:
-        """Nothing is left to do: each host is gone."""
-
 
 # --- what is done to a cluster that is there, under load
 
@@ -135,7 +149,7 @@ class Town(Estate):
     """A server with encrypted tablespaces, filled, and two tokens of different PINs.
 
     :ivar pins: user PINs by token label; :ivar wish: the keyslots as they are wished for now.
-    :ivar keys: the data keys as they must stay; :ivar number: of the task at hand, for tags and names.
+    :ivar data_keys: the data keys as they must stay; :ivar number: of the task at hand, for tags and names.
     """
 
     def __init__(self, home: Path) -> None:
@@ -161,7 +175,7 @@ class Town(Estate):
         killing.run(self.task("tde_keystore", pin_source={"kind": "file", "path": str(self.pin_file)}))
         move = {"database": "bench", "schemas": ["public"]}
         killing.run(self.task("tde_tablespace", tablespaces=[{"name": "t1", "move": move}, {"name": "t2"}]))
-        self.keys = self.opened()
+        self.data_keys = self.opened()
 
     def on_token(self, label: str) -> dict[str, t.Any]:
         """The keyslot ``primary`` on a token."""
@@ -213,15 +227,15 @@ class Town(Estate):
     def sound(self, work: killing.Task) -> None:
         """What holds after every second run."""
         assert not killing.run(work)["changed"]
-        assert self.opened() == self.keys
-        for key_id, key in self.keys.items():
+        assert self.opened() == self.data_keys
+        for key_id, key in self.data_keys.items():
             policy = fscrypt.policy(str(self.mount / key_id.partition(".")[2]))
             assert policy
             assert policy["identifier"] == fscrypt.identifier(key)
         self.slots()
         assert self.read() == self.rows
         passphrases = [slot["passphrase"] for slot in self.wish if "passphrase" in slot]
-        clean(self, [*self.keys.values(), *(one.encode() for one in (*self.pins.values(), *passphrases))], self.pin_file)
+        clean(self, [*self.data_keys.values(), *(one.encode() for one in (*self.pins.values(), *passphrases))], self.pin_file)
 
     def elsewhere(self, wish: t.Mapping[str, t.Any]) -> list[str]:
         """The relations that a wish means and that do not lie in its tablespace."""
@@ -240,7 +254,7 @@ class Town(Estate):
         tries = credentials.tries(read_record(state, "main"), keyslot_tokens(state, "main"), credentials.Given(), may_ask=False)
         for number, one in enumerate(tries):
             try:
-                assert killing.opened(self.state, [credentials.for_keystore(one)]) == self.keys
+                assert killing.opened(self.state, [credentials.for_keystore(one)]) == self.data_keys
                 return
             except TdeError as exc:
                 if exc.code != "pin_refused" or number == len(tries) - 1:
@@ -263,7 +277,7 @@ class Town(Estate):
         self.server.psql("CHECKPOINT", "shop")
         subprocess.run(["sync", "-f", str(self.mount)], check=True)
         texts = [MARKER, PASSPHRASE, *self.pins.values()]
-        killing.no_needle([*killing.forms(self.keys.values()), *(text.encode() for text in texts)], self.image)
+        killing.no_needle([*killing.forms(self.data_keys.values()), *(text.encode() for text in texts)], self.image)
 
     @contextlib.contextmanager
     def load(self) -> t.Iterator[None]:
@@ -291,13 +305,20 @@ class Town(Estate):
         assert self.server.psql(sums, "bench") == "t"
 
 
-class Rotation:
-    """To a new master key each time."""
-
-    name = "rotation"
+class InTown(Workflow):
+    """A workflow on the host that is there, under load."""
 
     def __init__(self, town: Town) -> None:
         self.town = town
+
+    def load(self) -> contextlib.AbstractContextManager[None]:
+        return self.town.load()
+
+
+class Rotation(InTown):
+    """To a new master key each time."""
+
+    name = "rotation"
 
     def once(self, kills: killing.Kills) -> None:
         town = self.town
@@ -305,24 +326,18 @@ class Rotation:
         town.number += 1
         work = town.task("tde_master_key", state="rotated", tag=str(town.number))
         kills.begin(work)
-        assert town.opened() == town.keys
+        assert town.opened() == town.data_keys
         kills.finish(work)
         town.sound(work)
         label = f"hsm-tde.main.{town.number}"
         assert {slots["primary"]["kek_label"] for slots in town.slots().values()} == {label}
         assert killing.in_token(town.hsm.access(), town.state, [before, label]) == [1, 1], "the former one stays"
 
-    def end(self) -> None:
-        self.town.reboot()
 
-
-class PinChange:
+class PinChange(InTown):
     """Of the user, with the file that the next boot reads; each fourth time of the security officer."""
 
     name = "PIN change"
-
-    def __init__(self, town: Town) -> None:
-        self.town = town
 
     def once(self, kills: killing.Kills) -> None:
         town = self.town
@@ -343,17 +358,11 @@ class PinChange:
         assert town.pin_file.read_text() == town.pins["demo"] + "\n"
         killing.no_secret([old.encode()], town.home, but=[town.mount, town.image, town.server.data])
 
-    def end(self) -> None:
-        self.town.reboot()
 
-
-class ProtectionChange:
+class ProtectionChange(InTown):
     """Between two tokens and a passphrase; each third time the recovery passphrase changes as well."""
 
     name = "protection change"
-
-    def __init__(self, town: Town) -> None:
-        self.town = town
 
     def wish(self) -> list[dict[str, t.Any]]:
         number = self.town.number
@@ -373,7 +382,7 @@ class ProtectionChange:
         work = town.task("tde_keystore", **task, passphrase=before[1]["passphrase"])
         kills.begin(work)
         ways = [[town.credential(before[number]), town.credential(town.wish[number])] for number in (0, 1)]
-        assert killing.opened(town.state, *ways) == town.keys
+        assert killing.opened(town.state, *ways) == town.data_keys
         if "pin" in before[0] and "pin" in town.wish[0] and not self.at_the_turn(town.wish[0]["pin"]):
             town.boots()
         kills.finish(work)
@@ -386,19 +395,15 @@ class ProtectionChange:
 
     def end(self) -> None:
         """Back to where the other workflows begin."""
-        self.town.reboot()
         before, self.town.wish = self.town.wish, [self.town.on_token("demo"), RECOVERY]
         task = {name: before[0][name] for name in ("token_label", "pin") if name in before[0]}
         killing.run(self.town.task("tde_keystore", **task, passphrase=before[1]["passphrase"]))
 
 
-class Move:
+class Move(InTown):
     """Into a new tablespace each time, from where they are: a schema, what pgbench works on, and a whole database."""
 
     name = "move of tables"
-
-    def __init__(self, town: Town) -> None:
-        self.town = town
 
     def once(self, kills: killing.Kills) -> None:
         town = self.town
@@ -414,13 +419,10 @@ class Move:
         assert town.read() == town.rows
         kills.finish(work)
         found = town.opened()
-        assert set(found) - set(town.keys) == {key_id}
-        assert {name: found[name] for name in town.keys} == town.keys
-        town.keys = found
+        assert set(found) - set(town.data_keys) == {key_id}
+        assert {name: found[name] for name in town.data_keys} == town.data_keys
+        town.data_keys = found
         town.sound(work)
         made = {entry["kcv"] for entry in town.journal() if entry["action"] == "create_data_key" and entry["key_id"] == key_id}
         assert fscrypt.identifier(found[key_id]) in made
         assert town.elsewhere(wish) == []
-
-    def end(self) -> None:
-        self.town.reboot()
