@@ -219,8 +219,8 @@ def changing(host: Estate) -> list[tuple[str, dict[str, t.Any]]]:
 def test_a_second_run_waits_for_nobody_and_begins_nothing(running: Estate) -> None:
     host = running
     with StateDirectory(str(host.state)).locked():
-        for module, arguments in changing(host):
-            with unchanged(host.home, skip=[host.server.data, host.server.log], server=host.server):
+        with unchanged(host.home, skip=[host.server.data, host.server.log], server=host.server):
+            for module, arguments in changing(host):
                 clear(run_module(module, arguments), "busy", str(host.state), "Wait for it to end", secrets=[host.hsm.pin])
         # A look needs no lock.
         assert run_module("tde_info", host.arguments())["server"]["answers"]
@@ -258,15 +258,13 @@ def test_two_runs_that_start_together_make_one_keystore() -> None:
 def test_a_token_that_is_not_mounted_leads_to_no_tablespace(running: Estate) -> None:
     host = running
     new = {"tablespaces": [{"name": "new", "move": {"databases": ["shop"]}}], "keyslots": SLOTS}
-    with host.token_moved_away():
-        for module, more in (
-            ("tde_tablespace", new),
-            ("tde_keystore", {"keyslots": SLOTS}),
-            ("tde_master_key", {"state": "rotated", "tag": "3"}),
-        ):
+    tasks: list[tuple[str, dict[str, t.Any]]] = [
+        ("tde_tablespace", new), ("tde_keystore", {"keyslots": SLOTS}), ("tde_master_key", {"state": "rotated", "tag": "3"}),
+    ]  # fmt: skip
+    with host.token_moved_away(), unchanged(host.home, skip=[host.server.data, host.server.log], server=host.server):
+        for module, more in tasks:
             for check in (True, False):
-                with unchanged(host.home, skip=[host.server.data, host.server.log], server=host.server):
-                    result = run_module(module, host.arguments(**more), check=check)
+                result = run_module(module, host.arguments(**more), check=check)
                 clear(result, "token_unreachable", "'demo'", "Mount the token's folder", secrets=[host.hsm.pin, PASSPHRASE])
 
 
