@@ -184,13 +184,22 @@ class Kills:
         return f"{self.name}: {self.killed} killed, {self.ended} ended before; second runs began with: {found}"
 
 
+#: How often a run that finishes a killed one is killed, too.
+_AGAIN = 0.2
+
+
 class AtRandom(Kills):
-    """Killed at a random moment of the time that a run takes; the first one is measured."""
+    """Killed at a random moment of the time that a run takes, some once more; the first one is measured."""
 
     def __init__(self, name: str, seed: int) -> None:
         super().__init__(f"{name}, seed {seed}")
         self._chance = random.Random(seed)
         self._seconds = 0.0
+
+    def begin(self, work: Task) -> None:
+        super().begin(work)
+        while self._chance.random() < _AGAIN:
+            super().begin(work)
 
     def _begin(self, work: Task) -> bool:
         moment, group = self._chance.uniform(0, self._seconds) if self._seconds else 120.0, self._chance.random() < 0.5
@@ -211,24 +220,53 @@ class AtRandom(Kills):
 
 
 #: What changes something, or asks a server to: before each of them is a moment of its own.
-_CALLS = "write,fsync,ftruncate,fallocate,renameat,linkat,unlinkat,fchown,fchmod,sendto,clone,vfork"
+CALLS = (
+    "write",
+    "fsync",
+    "ftruncate",
+    "fallocate",
+    "renameat",
+    "linkat",
+    "unlinkat",
+    "fchown",
+    "fchmod",
+    "sendto",
+    "clone",
+    "vfork",
+)
 
 
 class AtCalls(Kills):
-    """Killed at every n-th system call that changes something, from the first one to the last.
+    """Killed before every n-th of each of :data:`CALLS`, from the first to the last of it.
 
     :param first: which one to begin with.
+    :ivar over: every call was met.
     """
 
     def __init__(self, name: str, every: int, first: int) -> None:
-        super().__init__(f"{name}, before each {every}th of its calls")
-        self._every, self._number = every, first
+        super().__init__(f"{name}, before one in {every} of its calls")
+        self._every, self._first = every, first
+        self._left = list(CALLS)
+        self._number = first
+
+    @property
+    def over(self) -> bool:
+        return not self._left
 
     def _begin(self, work: Task) -> bool:
+        if self._killed_at(work, self._left[0], self._number):
+            self._number += self._every
+            return True
+        # There are fewer of it: the next one's turn.
+        self._left.pop(0)
+        self._number = self._first
+        return False
+
+    def _killed_at(self, work: Task, call: str, number: int) -> bool:
         process = Process(work, traced=True)
-        inject = f"inject={_CALLS}:signal=SIGKILL:when={self._number}"
+        inject = f"inject={call}:signal=SIGKILL:when={number}"
         tracer = subprocess.Popen(
-            ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={_CALLS}", "-e", inject, "-p", str(process.pid)],
+            ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject, "-p", str(process.pid)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -236,7 +274,6 @@ class AtCalls(Kills):
             while "TracerPid:\t0\n" in Path(f"/proc/{process.pid}/status").read_text():
                 assert tracer.poll() is None, "strace could not attach"
                 time.sleep(0.002)
-            self._number += self._every
             process.go()
             return process.result() is None
         finally:

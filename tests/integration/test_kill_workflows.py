@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
-from ansible_collections.hsm.tde.tests.integration import killing, postgres
+from ansible_collections.hsm.tde.tests.integration import filesystems, killing, postgres
 from ansible_collections.hsm.tde.tests.integration.estate import Estate, usable
 from ansible_collections.hsm.tde.tests.integration.workflows import (
     Creation,
@@ -55,6 +55,8 @@ def home() -> t.Iterator[Path]:
         with cheap:
             yield path
     finally:
+        for point in path.glob("*/mnt"):
+            filesystems.unmount(point)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -101,7 +103,7 @@ def test_killed_before_calls_that_change_something(workflow: Workflow) -> None:
     if isinstance(workflow, Creation):
         workflow.fill = False
     kills = killing.AtCalls(workflow.name, EVERY, 1 + SEED % EVERY)
-    work_on(workflow, kills, lambda: kills.ended > 0)
+    work_on(workflow, kills, lambda: kills.over)
     assert kills.killed > 1, "no call was met"
 
 
