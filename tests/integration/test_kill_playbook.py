@@ -181,7 +181,7 @@ def test_a_rotation_killed_under_load(log: Path, tmp_path: Path) -> None:
         print(killed(play(number), chance.uniform(0, 2), "Wrap every data key"))
         changed += changes(play(number).done())
         assert changes(play(number).done()) == 0
-    output, _ = load.communicate(timeout=120)
+    output, dummy = load.communicate(timeout=120)
     done, failed = postgres.pgbench_failures(output)
     print(f"{changed} of {ROTATIONS} second runs had something left to do; {done} transactions, {failed} failed")
     assert (load.returncode, failed) == (0, 0), output

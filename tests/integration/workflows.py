@@ -287,7 +287,7 @@ class Town(Estate):
 
         def work() -> None:
             while not stop.is_set():
-                output, _ = self.server.popen("pgbench", "-n", "-c", "2", "-R", "40", "-T", "3", "bench").communicate(timeout=120)
+                output, dummy = self.server.popen("pgbench", "-n", "-c", "2", "-R", "40", "-T", "3", "bench").communicate(timeout=120)
                 if postgres.pgbench_failures(output)[1] or "abort" in output or "ERROR" in output:
                     failures.append(output)
 
