@@ -105,7 +105,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 pkcs11_keys:
-  description: The keys. An attribute that a key does not have, or that the token does not tell, is null.
+  description:
+    - The keys. An attribute that a key does not have, or that the token does not tell, is null.
+    - RV(pkcs11_keys[].check_value) is there with O(check_values) only.
   returned: success
   type: list
   elements: dict
@@ -120,6 +122,18 @@ pkcs11_keys:
       private: true
       sensitive: true
       extractable: false
+      modifiable: true
+      local: true
+      always_sensitive: true
+      never_extractable: true
+      encrypt: true
+      decrypt: true
+      sign: false
+      verify: false
+      wrap: false
+      unwrap: false
+      derive: false
+      check_value: 1f2e3d
 private_visible:
   description: Whether private and secret keys show. If not, no key can be called absent.
   returned: success

@@ -206,6 +206,41 @@ path:
   returned: success
   type: str
   sample: /etc/app/pgcrypto.key
+owner:
+  description: Owner of RV(path).
+  returned: when the file exists
+  type: str
+  sample: root
+group:
+  description: Group of RV(path).
+  returned: when the file exists
+  type: str
+  sample: root
+uid:
+  description: User id of RV(path).
+  returned: when the file exists
+  type: int
+  sample: 0
+gid:
+  description: Group id of RV(path).
+  returned: when the file exists
+  type: int
+  sample: 0
+mode:
+  description: Mode of RV(path).
+  returned: when the file exists
+  type: str
+  sample: '0600'
+size:
+  description: Size of RV(path) in bytes.
+  returned: when the file exists
+  type: int
+  sample: 2048
+state:
+  description: Kind of RV(path).
+  returned: when the file exists
+  type: str
+  sample: file
 destination:
   description: The file that holds the secret in the clear.
   returned: O(state=unwrapped)

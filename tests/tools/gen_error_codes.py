@@ -20,6 +20,9 @@ A module that fails returns `msg` and, for programs, `error_code`, `cause`, `obj
 `next_step` and `details`. The command `hsm-tde` prints the same and ends with the exit code of the cause; with
 `--json` it prints all of them.
 
+In check mode a task whose Python libraries are missing on the target does not fail: an earlier task of the play would
+install them. It returns a warning, `error_code: library_missing`, `prepared: false`, and `changed: true` unless it never changes anything.
+
 ## Causes
 
 | cause | exit code of `hsm-tde` | meaning |
