@@ -16,6 +16,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,11 +76,13 @@ def main() -> int:
     if any(argument.startswith("-") for argument in sys.argv[1:]):
         print(__doc__)
         return 2
+    # Ended by a time limit, it cleans up too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     machine.require()
     lower = machine.build(PACKAGES)
     name = f"{_NAME}{os.getpid()}"
     with tempfile.TemporaryDirectory(dir=machine.CACHE, prefix="fresh-") as scratch:
-        root = machine.mount(pathlib.Path(scratch), lower)
+        root = machine.mount_disk(pathlib.Path(scratch), lower)
         try:
             registries(root)
             machine.write(root / "etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {_NAME}\n")
