@@ -107,7 +107,7 @@ RETURN = r"""
 pkcs11_keys:
   description:
     - The keys. An attribute that a key does not have, or that the token does not tell, is null.
-    - RV(pkcs11_keys[].check_value) is there with O(check_values) only.
+    - C(check_value) is there with O(check_values) only.
   returned: success
   type: list
   elements: dict

@@ -25,6 +25,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Jour
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
 from ansible_collections.hsm.tde.tests.integration import postgres, refusals, support
+from ansible_collections.hsm.tde.tests.integration.documented import documented
 
 PASSPHRASE = "correct horse battery"
 RECOVERY = {"name": "recovery", "protection": "passphrase", "passphrase": PASSPHRASE}
@@ -184,7 +185,9 @@ def act(module: str, arguments: t.Mapping[str, t.Any], check: bool) -> dict[str,
 
 def answer(module: str, arguments: t.Mapping[str, t.Any], check: bool) -> dict[str, t.Any]:
     """As :func:`act`, in a child of this process: a PKCS#11 library cannot be left."""
-    return support.in_child(lambda: act(module, arguments, check))
+    result = support.in_child(lambda: act(module, arguments, check))
+    documented(module, result)
+    return result
 
 
 @contextlib.contextmanager

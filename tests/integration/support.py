@@ -28,6 +28,7 @@ from pathlib import Path
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
+from ansible_collections.hsm.tde.tests.integration.documented import documented
 
 T = t.TypeVar("T")
 
@@ -117,9 +118,11 @@ def run_module_file(
         env={**os.environ, "PYTHONPATH": str(ROOT / ".collections")},
     )
     try:
-        return t.cast("dict[str, t.Any]", json.loads(done.stdout))
+        result = t.cast("dict[str, t.Any]", json.loads(done.stdout))
     except ValueError:
         raise ChildFailed(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}") from None
+    documented(name, result, diff=diff)
+    return result
 
 
 def run_module(name: str, args: t.Mapping[str, t.Any], *, check: bool = False, diff: bool = False) -> dict[str, t.Any]:
@@ -138,7 +141,9 @@ def run_module(name: str, args: t.Mapping[str, t.Any], *, check: bool = False, d
             module.main()
         return printed.getvalue()
 
-    return t.cast("dict[str, t.Any]", json.loads(in_child(act)))
+    result = t.cast("dict[str, t.Any]", json.loads(in_child(act)))
+    documented(name, result, diff=diff)
+    return result
 
 
 def softhsm_library() -> str | None:
