@@ -342,16 +342,21 @@ def no_needle(needles: t.Sequence[bytes], path: Path) -> None:
     assert not any(needle in content for needle in needles), f"{path} holds a secret"
 
 
-def one_loop_device(image: Path) -> None:
-    """The image is attached once; other programs that ask all devices may hold a second for a moment."""
+def loop_devices(image: Path, count: int) -> list[str]:
+    """The loop devices of an image, which must be so many; programs that ask all devices may hold one for a moment."""
     deadline = time.monotonic() + 5
     while True:
-        found = subprocess.run(
-            ["losetup", "-nO", "NAME", "-j", str(image)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        if len(found) == 1 or time.monotonic() > deadline:
+        argv = ["losetup", "-nO", "NAME", "-j", str(image)]
+        found = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+        if len(found) == count or time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    assert len(found) == 1, found
-    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if line.split()[0] == found[0]]
+    assert len(found) == count, found
+    return found
+
+
+def mounted_once(image: Path) -> None:
+    """The image is attached once, and mounted once."""
+    device = loop_devices(image, 1)[0]
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if line.split()[0] == device]
     assert len(mounts) == 1, mounts

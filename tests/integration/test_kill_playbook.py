@@ -127,7 +127,7 @@ def sound() -> None:
     assert search_files([path for path in looked if path.exists()], secrets, folder) == []
     killing.no_leftovers(state, DIRECTORY / "tokens")
     for name in ("cluster", "tablespaces"):
-        killing.one_loop_device(DIRECTORY / f"{name}.img")
+        killing.mounted_once(DIRECTORY / f"{name}.img")
 
 
 def test_the_demo_killed_at_random_moments(log: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_rotation_killed_under_load(log: Path, tmp_path: Path) -> None:
     postgres.as_postgres(*pgbench, "-i", "-q")
     started = postgres.as_postgres(*psql).stdout
     load = subprocess.Popen(
-        ["runuser", "-u", "postgres", "--", *pgbench, "-c", "4", "-R", "100", "-T", "45"], stdout=subprocess.PIPE, text=True
+        ["runuser", "-u", "postgres", "--", *pgbench, "-c", "4", "-R", "100", "-T", "60"], stdout=subprocess.PIPE, text=True
     )
     chance = random.Random(SEED)
     changed = 0

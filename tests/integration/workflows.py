@@ -45,6 +45,8 @@ def destroy(host: Estate) -> None:
     while os.path.ismount(host.mount) and time.monotonic() < deadline:
         if subprocess.run(["umount", str(host.mount)], check=False, capture_output=True).returncode:
             time.sleep(0.05)
+    if host.image.exists():
+        killing.loop_devices(host.image, 0)
     shutil.rmtree(host.home)
 
 
@@ -56,7 +58,7 @@ def clean(host: Estate, secrets: t.Iterable[bytes], pin_file: Path) -> None:
     but = [host.mount, host.image, host.server.data, pin_file]
     killing.no_secret([host.hsm.so_pin.encode(), PASSPHRASE.encode(), *secrets], host.home, but=but)
     assert pin_file.stat().st_mode & 0o777 == 0o600
-    killing.one_loop_device(host.image)
+    killing.mounted_once(host.image)
 
 
 class Workflow:
@@ -287,7 +289,9 @@ class Town(Estate):
 
         def work() -> None:
             while not stop.is_set():
-                output, dummy = self.server.popen("pgbench", "-n", "-c", "2", "-R", "40", "-T", "3", "bench").communicate(timeout=120)
+                output, dummy = self.server.popen("pgbench", "-n", "-c", "2", "-R", "40", "-T", "3", "bench").communicate(
+                    timeout=120
+                )
                 if postgres.pgbench_failures(output)[1] or "abort" in output or "ERROR" in output:
                     failures.append(output)
 
