@@ -51,7 +51,8 @@ class Play:
 
     def kill(self) -> list[str]:
         """SIGKILL to it and to all that it has started; :returns: the programs' names."""
-        found = _descendants(self.process.pid)
+        # One that has ended is waited for already: its number may be another's.
+        found = _descendants(self.process.pid) if self.process.poll() is None else {}
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
