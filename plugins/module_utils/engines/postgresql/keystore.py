@@ -197,8 +197,9 @@ class Keystore:
 
     def _open(self) -> Outcome:
         if self.engine.record is None and self.check:
-            outcome = Outcome([Step("open_keystore", f"cluster {self.engine.request.cluster}", "once it is made")], {}, {})
-            outcome.warnings.append(f"Cluster {self.engine.request.cluster} has no record yet: an earlier task will make it.")
+            cluster = self.engine.request.cluster
+            outcome = Outcome([Step("open_keystore", f"cluster {cluster}", "once it is made")], {}, {}, {"cluster": cluster})
+            outcome.warnings.append(f"Cluster {cluster} has no record yet: an earlier task will make it.")
             return outcome
         self.engine.known()
         ring = self.engine.keyring([], self.check)
