@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
-from ansible_collections.hsm.tde.tests.integration import filesystems, support
+from ansible_collections.hsm.tde.tests.integration import filesystems, kmip, support
 
 
 @pytest.fixture
@@ -65,3 +65,11 @@ def encrypted_mount(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs root: loop devices and mounts")
     with filesystems.mounted(tmp_path) as point:
         yield point
+
+
+@pytest.fixture(scope="module")
+def kmip_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kmip.KmipServer]:
+    """A key management server that speaks KMIP, one a test module."""
+    server = kmip.KmipServer(tmp_path_factory.mktemp("kmip") / "server")
+    yield server
+    server.close()
