@@ -158,7 +158,8 @@ class KmipServer:
             self._process = subprocess.Popen(argv, stdout=output, stderr=output, cwd="/", start_new_session=True)
         deadline = time.monotonic() + 30
         while not self._listens():
-            assert self._process.poll() is None and time.monotonic() < deadline, (self.home / "output").read_text()
+            assert self._process.poll() is None, (self.home / "output").read_text()
+            assert time.monotonic() < deadline
             time.sleep(0.02)
 
     def _listens(self) -> bool:

@@ -257,6 +257,10 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "A secret is piped or written to a file, never shown on or typed into a terminal by default.",
         "Use a pipe or a file.",
     ),
+    "command_of_other_user": ErrorCode(
+        "client_error",
+        "A command that a database asks for runs as that database's own user, and was run by another, root included.",
+    ),
     "cluster_unknown": ErrorCode("absent", "This host has no record of a cluster of that name."),
     # keystore: the files of wrapped keys
     "data_key_absent": ErrorCode(
@@ -449,6 +453,115 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "absent", "A database that is to move does not exist or takes no connections.", "Correct its name."
     ),
     "cluster_exists": ErrorCode("client_error", "A packaged cluster of this name exists with another data directory."),
+    # kmip: the servers of a key management service, and their answers
+    "kmip_unreachable": ErrorCode(
+        "unreachable",
+        "No KMIP server of the service takes connections.",
+        "Start the server, or correct kmip_servers; see that name resolution, routes and firewalls let this host through.",
+    ),
+    "kmip_timeout": ErrorCode(
+        "unreachable",
+        "A KMIP server takes connections and did not answer in time.",
+        "Find out what keeps it busy; kmip_timeout gives it longer.",
+    ),
+    "kmip_answer_lost": ErrorCode(
+        "unreachable",
+        "A request that changes something was sent to a KMIP server and no answer came: whether it was done is not known.",
+        "Run again: it looks at the server first and repeats nothing that was done.",
+    ),
+    "kmip_ca_mismatch": ErrorCode(
+        "refused",
+        "The KMIP server's certificate comes from another authority than those in kmip_ca.",
+        "Correct kmip_ca. If it is right, another machine answers under the server's name.",
+    ),
+    "kmip_ca_invalid": ErrorCode(
+        "client_error", "The file kmip_ca holds no certificate.", "Give the authority's certificate in PEM."
+    ),
+    "kmip_certificate_expired": ErrorCode(
+        "refused",
+        "The KMIP server's certificate is over, or not valid yet.",
+        "Renew it on the server; see that this host's clock is right.",
+    ),
+    "kmip_host_name_mismatch": ErrorCode(
+        "refused",
+        "The KMIP server's certificate is for another host name.",
+        "Name the server as its certificate does, or give it a certificate for that name.",
+    ),
+    "kmip_certificate_invalid": ErrorCode(
+        "refused",
+        "The KMIP server's certificate was refused for another reason.",
+        "Give the server a certificate that this host accepts.",
+    ),
+    "kmip_tls_failed": ErrorCode(
+        "unsupported",
+        "The KMIP server and this host have no TLS 1.2 or newer in common, or there is no TLS at that port.",
+        "Correct the port, or let the server speak TLS 1.2.",
+    ),
+    "kmip_client_certificate_expired": ErrorCode(
+        "refused", "The client's certificate for the KMIP server is over.", "Renew it (kmip_certificate)."
+    ),
+    "kmip_client_certificate_invalid": ErrorCode(
+        "client_error",
+        "The client's certificate or key for the KMIP server cannot be used.",
+        "Give both in PEM, the key not encrypted, in a file of mode 0600.",
+    ),
+    "kmip_client_certificate_refused": ErrorCode(
+        "refused",
+        "The KMIP server refused the client's certificate.",
+        "Let the server's administrator register it, or give the right one in kmip_certificate.",
+    ),
+    "kmip_login_refused": ErrorCode(
+        "refused",
+        "The KMIP server takes the connection and does not take this client.",
+        "Let the server's administrator register the client's certificate.",
+    ),
+    "kmip_permission_denied": ErrorCode(
+        "refused",
+        "The KMIP server does not let this client do it; some say so of keys that do not exist, too.",
+        "Let the server's administrator allow it, or use the client that owns the key.",
+    ),
+    "kmip_key_foreign": ErrorCode(
+        "refused",
+        "A key of this name at the KMIP server belongs to another owner.",
+        "Use the client that owns it, or another name.",
+    ),
+    "kmip_key_absent": ErrorCode(
+        "absent", "The KMIP server has no such key.", "Correct its name or id; hsm.tde.kmip_key_info lists the keys."
+    ),
+    "kmip_key_state": ErrorCode(
+        "refused",
+        "The key's state, or what it was made for, forbids this at the KMIP server.",
+        "See its state with hsm.tde.kmip_key_info; a key that was deactivated does not come back.",
+    ),
+    "kmip_key_locked": ErrorCode(
+        "locked",
+        "The key is archived at the KMIP server, or its usage limit is spent.",
+        "Let the server's administrator recover it.",
+    ),
+    "kmip_name_taken": ErrorCode(
+        "client_error",
+        "The KMIP server has an object of this name already that this client does not see as a key of its own.",
+        "Take another name, or use the client that owns it.",
+    ),
+    "kmip_server_failed": ErrorCode(
+        "unreachable", "The KMIP server failed and does not say why.", "Look at the server's log, then run again."
+    ),
+    "kmip_unsupported": ErrorCode(
+        "unsupported", "The KMIP server cannot do this.", "Use a server that can, or let it speak KMIP 1.4."
+    ),
+    "kmip_cryptographic_failure": ErrorCode(
+        "damaged", "The KMIP server could not encrypt or decrypt with the key.", "See the key's state and the server's log."
+    ),
+    "kmip_request_refused": ErrorCode(
+        "client_error",
+        "The KMIP server found the request malformed or contradictory.",
+        "Correct what the task asks for, then run again.",
+    ),
+    "kmip_answer_invalid": ErrorCode(
+        "damaged",
+        "What answers is no KMIP server, or one whose answer cannot be read.",
+        "Correct the port; see the server's log.",
+    ),
 }
 
 
