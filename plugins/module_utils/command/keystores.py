@@ -12,6 +12,7 @@ import typing as t
 
 from .. import engines
 from ..common.errors import TdeError
+from ..common.isolate import SECONDS, isolated
 from ..common.plan import public as public_plan
 from ..common.state import StateDirectory, check_name
 from ..engines import record as records
@@ -19,7 +20,6 @@ from ..engines.base import Engine, KeystoreWish, Request
 from ..keystore.store import KeyStore
 from . import credentials
 from .exits import DONE, UNREACHABLE, exit_code
-from .isolate import isolated
 from .output import Output, public
 
 #: Seconds between two tries of a token that does not answer.
@@ -143,14 +143,16 @@ def open_cluster(state: StateDirectory, cluster: str, stated: credentials.Given)
     return t.cast(Facts, try_each(tries, lambda one: _keystore(state, record, KeystoreWish("open"), check=False, credential=one)))
 
 
-def try_each(tries: t.Sequence[credentials.Credential], act: t.Callable[[credentials.Credential], t.Any]) -> t.Any:
+def try_each(
+    tries: t.Sequence[credentials.Credential], act: t.Callable[[credentials.Credential], t.Any], seconds: float = SECONDS
+) -> t.Any:
     """Act with the first credential in a child; with the next only if the token refused that PIN.
 
-    :param act: gives JSON's kinds of value.
+    :param act: gives JSON's kinds of value. :param seconds: for each try.
     """
     for number, one in enumerate(tries):
         try:
-            return isolated(functools.partial(act, one))
+            return isolated(functools.partial(act, one), seconds)
         except TdeError as error:
             if error.code not in _REFUSED or number == len(tries) - 1:
                 raise

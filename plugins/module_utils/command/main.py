@@ -12,7 +12,7 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.secret import harden_process
 from ..common.state import DEFAULT_PATH, StateDirectory
-from . import audit, credentials, keystores, pipes, selftest
+from . import audit, credentials, keycommands, keystores, pipes, selftest
 from .exits import INTERNAL, exit_code
 from .output import Output
 
@@ -23,6 +23,8 @@ _EPILOG = """\
 Exit codes: 0 done, 1 a defect of the command, 2 wrong call, 3 absent, 4 refused, 5 locked, 6 unreachable,
 7 unsupported, 8 damaged. Only 6 may turn out otherwise when it is tried again.
 A PIN or passphrase is never an argument: it comes from the cluster's PIN source, a file descriptor or the terminal.
+All commands need root, but for wrap, unwrap, encrypt, decrypt and validate-key: with --cluster these are what a database
+asks for as its own user (docs/command.md).
 """
 
 
@@ -44,7 +46,7 @@ def _arguments(state_directory: str) -> argparse.ArgumentParser:
         name: str, run: t.Callable[[argparse.Namespace, Output], int], text: str, *, json: bool = True
     ) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        one.set_defaults(run=run, json=False)
+        one.set_defaults(run=run, json=False, of_user=False)
         if json:
             one.add_argument("--json", action="store_true", help="print one JSON object")
         return one
@@ -89,9 +91,22 @@ def _arguments(state_directory: str) -> argparse.ArgumentParser:
         ("unwrap", pipes.unwrap_command, "Write the secret of a wrapped file to standard output."),
     ):
         pipe = command(name, run, text, json=False)
-        pipe.add_argument("file", metavar="FILE", help="absolute path")
+        pipe.set_defaults(of_user=True)
+        pipe.add_argument(
+            "file", nargs="?", metavar="FILE", help="its path; as the database's own user without it the cluster's secret"
+        )
         pipe.add_argument("--force", action="store_true", help="although standard input or output is a terminal")
         pipes.add_arguments(pipe, wrapping=name == "wrap")
+
+    for name, text in (
+        ("encrypt", "Encrypt standard input to standard output under a key in the token (plugin of tde_kms)."),
+        ("decrypt", "Decrypt what encrypt gave, from standard input to standard output (plugin of tde_kms)."),
+        ("validate-key", "Whether the token has the key and lets this user use it (plugin of tde_kms)."),
+    ):
+        plugin = command(name, keycommands.plugin_command, text, json=False)
+        plugin.set_defaults(of_user=True, act=name)
+        plugin.add_argument("--keyid", required=True, metavar="ID", help="label of the key in the token")
+        plugin.add_argument("--cluster", metavar="NAME", help="whose published record names library, token and PIN source")
 
     journal = command("journal", audit.command, "The journal of all acts on keys.")
     journal.add_argument("what", choices=["verify", "show"], help="verify: whether its chain is whole; show: its entries")
@@ -116,11 +131,13 @@ def main(argv: t.Sequence[str] | None = None, state_directory: str = DEFAULT_PAT
     arguments = _arguments(state_directory).parse_args(argv)
     output = Output(arguments.json)
     try:
-        for warning in harden_process():
-            output.warn(warning)
-        if os.geteuid() != 0:
-            raise TdeError("permission_denied", "needs root", obj="hsm-tde")
+        warnings = harden_process()
         arguments.state = StateDirectory(arguments.state_directory)
+        if os.geteuid() == 0:
+            for warning in warnings:
+                output.warn(warning)
+        elif not arguments.of_user:
+            raise TdeError("permission_denied", "needs root", obj="hsm-tde")
         return t.cast(int, arguments.run(arguments, output))
     except TdeError as error:
         output.error(error)

@@ -7,26 +7,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import typing as t
 
 from ..common.errors import TdeError
 from ..common.files import check_parents
 from ..common.journal import Journal
-from ..common.secret import Secret
 from ..common.state import StateDirectory
+from ..engines.userside import entered, is_published
 from ..keystore.secretfile import MAX_SECRET, SecretFile, unwrap_secret
 from ..keystore.store import PassphraseSlot, Slot, TokenSlot
 from ..pkcs11.kek import create_kek
 from ..pkcs11.library import LibraryAccess
 from ..pkcs11.registry import Registry
 from ..pkcs11.token import TokenAccess, TokenSelector, open_session
-from . import credentials, keystores
+from . import credentials, keycommands, keystores
 from .exits import DONE
 from .output import Output
+from .streams import STDIN, STDOUT, no_terminal, read_secret, write_out
 
 #: Label of the KEK that wraps secrets which are no cluster's.
 _KEK_LABEL = "hsm-tde.secrets"
-
-_STDIN, _STDOUT = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, wrapping: bool) -> None:
@@ -58,11 +58,13 @@ def _variable(text: str) -> tuple[str, str]:
 
 def wrap_command(arguments: argparse.Namespace, output: Output) -> int:
     """Run ``wrap``. Every byte of standard input is the secret, an end of line too."""
-    _no_terminal(_STDIN, arguments.force, "standard input", "The secret would show while it is typed.")
-    check_parents(arguments.file)
+    no_terminal(STDIN, arguments.force, "standard input", "The secret would show while it is typed.")
+    if os.geteuid() != 0:
+        return keycommands.wrap(arguments, read_secret(MAX_SECRET), output)
+    check_parents(_path(arguments))
     state: StateDirectory = arguments.state
     stated = credentials.given(arguments)
-    secret = _read_secret()
+    secret = read_secret(MAX_SECRET)
     passphrase = stated.passphrase or (
         credentials.ask(f"Passphrase for {arguments.file}: ", arguments.file) if stated.ask_passphrase else None
     )
@@ -85,7 +87,10 @@ def wrap_command(arguments: argparse.Namespace, output: Output) -> int:
 
 def unwrap_command(arguments: argparse.Namespace, output: Output) -> int:
     """Run ``unwrap``. Nothing but the secret goes to standard output."""
-    _no_terminal(_STDOUT, arguments.force, "standard output", "The secret would show.")
+    no_terminal(STDOUT, arguments.force, "standard output", "The secret would show.")
+    if os.geteuid() != 0:
+        return keycommands.unwrap(arguments)
+    _path(arguments)
     state: StateDirectory = arguments.state
     stated = credentials.given(arguments)
     if stated.passphrase is not None or stated.ask_passphrase or not (arguments.cluster or arguments.library):
@@ -96,33 +101,25 @@ def unwrap_command(arguments: argparse.Namespace, output: Output) -> int:
 
     def act(one: credentials.Credential) -> None:
         secret = unwrap_secret(arguments.file, [credentials.for_keystore(one)], state)
-        left = memoryview(secret.reveal())
-        while left:
-            left = left[os.write(_STDOUT, left) :]
+        write_out(secret)
 
     keystores.try_each(tries, act)
     return DONE
 
 
-def _no_terminal(descriptor: int, force: bool, obj: str, why: str) -> None:
-    if not force and os.isatty(descriptor):
-        raise TdeError("terminal_refused", f"is a terminal. {why}", obj=obj, next_step="Use a pipe, or --force.")
-
-
-def _read_secret() -> Secret:
-    parts: list[bytes] = []
-    while sum(map(len, parts)) <= MAX_SECRET:
-        part = os.read(_STDIN, MAX_SECRET)
-        if not part:
-            return Secret(b"".join(parts))
-        parts.append(part)
-    raise TdeError("keystore_too_large", f"holds more than {MAX_SECRET} bytes", obj="standard input")
+def _path(arguments: argparse.Namespace) -> str:
+    if arguments.file is None:
+        raise TdeError("invalid_option", "is missing", obj="FILE", next_step="Name the wrapped file by its absolute path.")
+    return t.cast(str, arguments.file)
 
 
 def _token_tries(arguments: argparse.Namespace, stated: credentials.Given) -> list[credentials.Credential]:
     """The token of a cluster, or the one that the command line names."""
     stated = dataclasses.replace(stated, passphrase=None, ask_passphrase=False)
     if arguments.cluster:
+        if is_published(arguments.state, arguments.cluster):
+            # Root never works with what the database's own user can write.
+            entered(arguments.state, arguments.cluster)
         record = keystores.read_record(arguments.state, arguments.cluster)
         on = keystores.keyslot_tokens(arguments.state, arguments.cluster)
         if not on:

@@ -15,6 +15,7 @@ import typing as t
 
 from ..common.errors import TdeError
 from ..common.files import check_parents
+from ..common.isolate import isolated
 from ..common.run import run_program
 from ..common.state import StateDirectory
 from ..engines.record import Place, Record
@@ -26,7 +27,6 @@ from ..storage import fscrypt
 from ..storage.mounts import mounted_at
 from . import credentials, keystores, units
 from .exits import BY_CAUSE, DONE
-from .isolate import isolated
 from .output import Output
 
 #: Verdicts of a check. A warning does not fail the test.

@@ -222,6 +222,51 @@ def make_private_directory(path: str, mode: int = 0o700) -> bool:
         return created
 
 
+def make_shared_directory(path: str) -> bool:
+    """Create a directory of root's own that everybody may look into, whatever the umask. :returns: whether it was created."""
+    created = make_private_directory(path, 0o755)
+    with trusted_directory(path) as folder:
+        if created:
+            os.fchmod(folder, 0o755)
+    return created
+
+
+def make_owned_directory(path: str, uid: int, gid: int) -> bool:
+    """Create a directory of another user's, mode 0700, in a folder of root's own; an existing one is judged, never changed.
+
+    What lies in it is that user's: root never reads it, and :func:`trusted_directory` refuses to walk into it as root.
+
+    :returns: whether it was created.
+    :raises TdeError: ``file_not_private`` where it is another's, or open for others.
+    """
+    name = os.path.basename(path)
+    with trusted_directory(os.path.dirname(path), owners=()) as folder:
+        try:
+            os.mkdir(name, 0o700, dir_fd=folder)
+            created = True
+        except FileExistsError:
+            created = False
+        except OSError as exc:
+            raise os_error(exc, path) from None
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except OSError:
+            raise _not_private(path, "is a link or not a directory") from None
+        try:
+            # A kill between making it and giving it away leaves an empty one of root's.
+            if os.fstat(fd).st_uid == 0 and not os.listdir(fd):
+                os.fchown(fd, uid, gid)
+            info = os.fstat(fd)
+            if info.st_uid != uid:
+                raise _not_private(path, f"belongs to user id {info.st_uid}, not {uid}")
+            if info.st_mode & 0o077:
+                raise _not_private(path, f"has mode {stat.S_IMODE(info.st_mode):04o}")
+            os.fsync(folder)
+        finally:
+            os.close(fd)
+    return created
+
+
 @contextlib.contextmanager
 def lock(path: str, wait_seconds: float = 0.0) -> t.Iterator[int]:
     """Hold an exclusive lock on a file of its own (never on one that is renamed); yields its descriptor.

@@ -11,6 +11,13 @@
 ``store/<name>/``         a cluster's wrapped data keys (keystore/store.py)
 ``lock``                  one run at a time
 ========================  ==========================================================
+
+What a database asks a command for runs as the database's own user, in a state directory of that user's. It lies beside root's:
+
+==================================  ================================================
+``<state>.users/clusters/<n>.json``  a cluster's record, root's own and readable: which library, token and PIN source
+``<state>.users/state/<user>/``      as above, the user's own, 0700; root never reads it
+==================================  ================================================
 """
 
 from __future__ import annotations
@@ -76,6 +83,19 @@ class StateDirectory:
     def cluster_record(self, cluster: str) -> str:
         """The file with a cluster's engine, places and token access (never a secret)."""
         return os.path.join(self.path, "clusters", check_name("cluster", cluster) + ".json")
+
+    @property
+    def users(self) -> str:
+        """The folder with all that the databases' own users work with; root's own, readable for all."""
+        return self.path + ".users"
+
+    def published_record(self, cluster: str) -> str:
+        """The copy of a cluster's record that the database's user reads and cannot write."""
+        return os.path.join(self.users, "clusters", check_name("cluster", cluster) + ".json")
+
+    def of_user(self, user: str) -> StateDirectory:
+        """The state directory of a database's own user."""
+        return StateDirectory(os.path.join(self.users, "state", check_name("user", user)))
 
     def create(self) -> bool:
         """Create the folder if it is missing; :returns: whether it was."""

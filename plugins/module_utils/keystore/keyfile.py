@@ -233,10 +233,15 @@ class KeyFile(SealedFile):
 
     def _publish(self, document: Document, action: str, *slots: Keyslot) -> None:
         self.record(action, recorded.BEGUN, document, *slots)
-        write_atomic(self.path, document.raw)
-        if read_private(self.path) != document.raw:
+        mode, gid = self._attributes()
+        write_atomic(self.path, document.raw, mode=mode, gid=gid)
+        if read_private(self.path, forbidden_mode=self.forbidden_mode) != document.raw:
             raise TdeError("keyslot_unsound", "does not read back as it was written", obj=self.path, kept="It was not used.")
         self.record(action, recorded.DONE, document, *slots)
+
+    def _attributes(self) -> tuple[int, int]:
+        """Mode and group of the file as it is written; -1 for the writer's group."""
+        return 0o600, -1
 
     def _candidate(self) -> str:
         return os.path.join(os.path.dirname(self.path), f".{os.path.basename(self.path)}.candidate")

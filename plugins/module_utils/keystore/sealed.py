@@ -55,6 +55,9 @@ class SealedFile:
     :param lock_path: a file of its own, in a folder that exists.
     """
 
+    #: Bits that the file's mode must not have.
+    forbidden_mode: t.ClassVar[int] = 0o077
+
     def __init__(self, state: StateDirectory, path: str, identity: Identity, lock_path: str) -> None:
         self.state = state
         self.path = path
@@ -81,7 +84,7 @@ class SealedFile:
 
     def _read(self, entries: recorded.Entries) -> Document:
         try:
-            raw = read_private(self.path)
+            raw = read_private(self.path, forbidden_mode=self.forbidden_mode)
         except TdeError as exc:
             if exc.code != "file_absent":
                 raise

@@ -113,12 +113,18 @@ def describe_secrets(state: StateDirectory) -> list[dict[str, t.Any]]:
 
 
 def unwrap_secret(path: str, credentials: t.Sequence[Credential], state: StateDirectory, name: str | None = None) -> Secret:
-    """A wrapped secret for its consumer; the journal says that it was given out, or refused.
+    """A wrapped secret for its consumer; see :func:`unwrap`.
 
     :param name: see :class:`SecretFile`.
+    """
+    return unwrap(SecretFile(state, path, name), credentials)
+
+
+def unwrap(file: SecretFile, credentials: t.Sequence[Credential]) -> Secret:
+    """A wrapped secret for its consumer; the journal says that it was given out, or refused.
+
     :raises TdeError: as :meth:`SecretFile.open`.
     """
-    file = SecretFile(state, path, name)
     try:
         opened, secret = file.open(credentials)
     except TdeError as exc:

@@ -9,7 +9,8 @@ import typing as t
 from pathlib import Path
 
 import pytest
-from ansible_collections.hsm.tde.plugins.module_utils.command import credentials, isolate, keystores, main
+from ansible_collections.hsm.tde.plugins.module_utils.command import credentials, keystores, main
+from ansible_collections.hsm.tde.plugins.module_utils.common import isolate
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.plan import Step

@@ -9,8 +9,8 @@ import signal
 import time
 
 import pytest
-from ansible_collections.hsm.tde.plugins.module_utils.command.isolate import isolated
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
+from ansible_collections.hsm.tde.plugins.module_utils.common.isolate import isolated
 
 
 def test_the_result_comes_back_and_the_parent_is_untouched() -> None:

@@ -4,12 +4,14 @@
 
 A PKCS#11 library reads its environment once a process, some stay broken after a first failure, and a network HSM
 can let a call hang for ever: a child each gives every cluster and every new try a fresh library, and an end in time.
+A child may also act as another user, so that root itself reads nothing that this user could have written.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pwd
 import select
 import signal
 import sys
@@ -17,9 +19,9 @@ import time
 import traceback
 import typing as t
 
-from ..common.errors import TdeError
-from ..common.files import os_error
-from ..common.secret import harden_process
+from .errors import TdeError
+from .files import os_error
+from .secret import harden_process
 
 #: Seconds for one act: a login, a scrypt derivation and a few mounts take under five; an HSM that is busy, longer.
 SECONDS = 90.0
@@ -28,8 +30,10 @@ SECONDS = 90.0
 _JOURNALLED = "What was done before it is in the journal."
 
 
-def isolated(act: t.Callable[[], t.Any], seconds: float = SECONDS) -> t.Any:
+def isolated(act: t.Callable[[], t.Any], seconds: float = SECONDS, *, user: pwd.struct_passwd | None = None) -> t.Any:
     """Run ``act`` in a child and give its result, which is JSON's kinds of value.
+
+    :param user: whom the child becomes for good before it acts, groups and all; the caller must be root.
 
     :raises TdeError: the one that ``act`` raised; ``timeout`` after ``seconds``; ``internal_error``.
     """
@@ -39,7 +43,7 @@ def isolated(act: t.Callable[[], t.Any], seconds: float = SECONDS) -> t.Any:
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        _child(act, writer)
+        _child(act, writer, user)
     os.close(writer)
     with os.fdopen(reader, "rb", buffering=0) as pipe:
         raw = _read_until(pipe.fileno(), time.monotonic() + seconds)
@@ -56,9 +60,11 @@ def isolated(act: t.Callable[[], t.Any], seconds: float = SECONDS) -> t.Any:
     return _answer(raw, status)
 
 
-def _child(act: t.Callable[[], t.Any], writer: int) -> t.NoReturn:
+def _child(act: t.Callable[[], t.Any], writer: int, user: pwd.struct_passwd | None) -> t.NoReturn:
     answer: dict[str, t.Any]
     try:
+        if user is not None:
+            _become(user)
         # Locked memory is not inherited.
         harden_process()
         answer = {"result": act()}
@@ -76,6 +82,15 @@ def _child(act: t.Callable[[], t.Any], writer: int) -> t.NoReturn:
         pipe.write(json.dumps(answer).encode())
     # No finaliser of a library runs: what it had open ends with the process.
     os._exit(0)
+
+
+def _become(user: pwd.struct_passwd) -> None:
+    # The caller's folder may be closed to this user, and libraries look for their files in HOME.
+    os.chdir("/")
+    os.environ.update({"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name})
+    os.initgroups(user.pw_name, user.pw_gid)
+    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
 
 
 def _read_until(fd: int, deadline: float) -> bytes | None:
