@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Hosts for tests: Debian 12 with its own systemd, PostgreSQL and SoftHSM, in containers that reboot and lose power.
+"""Hosts for tests: Debian with its own systemd, PostgreSQL and SoftHSM, in containers that reboot and lose power.
 
 Each host is a systemd-nspawn container on an overlay, with a network name space of its own; the hosts of one
 directory share a bridge, which lies in a name space too: nothing of this machine's network is touched, and the
 hosts reach nothing outside. ssh comes in through a descriptor opened inside that name space.
 
     hosts.py --directory DIR up NAME...     make and start hosts; writes DIR/inventory.json and DIR/ssh_config
+                                            [--suite trixie] Debian 13, [--packages A,B] more packages; a host keeps both
     hosts.py --directory DIR status         one line a host
     hosts.py --directory DIR reboot NAME    an orderly reboot
     hosts.py --directory DIR kill NAME      the power goes (`up` brings it back)
@@ -40,7 +41,6 @@ PACKAGES = (
     "iproute2",
     "libpq5",
     "openssh-server",
-    "postgresql-15",
     "procps",
     "python3",
     "python3-venv",
@@ -49,6 +49,9 @@ PACKAGES = (
     "systemd",
     "systemd-sysv",
 )
+
+#: Debian's releases, and the PostgreSQL of each.
+SUITES = {"bookworm": "postgresql-15", "trixie": "postgresql-17"}
 
 #: The user that Ansible logs in as; it becomes root by sudo, as on most estates.
 USER = "admin"
@@ -92,8 +95,13 @@ class Group:
     def hosts(self) -> list[Host]:
         return [Host(self, path.parent.name) for path in sorted(self.directory.glob("*/address"))]
 
-    def up(self, names: t.Sequence[str]) -> None:
-        lower = machine.build(PACKAGES)
+    def up(self, names: t.Sequence[str], suite: str, packages: t.Sequence[str]) -> None:
+        """Make and start hosts.
+
+        :param suite: of hosts that are new; :param packages: that they have beside :data:`PACKAGES`.
+        """
+        new = any(not Host(self, name).tree_file.exists() for name in names)
+        lower = machine.build((*PACKAGES, SUITES[suite], *packages), suite) if new else None
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for key in ("login", "host"):
             path = self.directory / f"{key}_ed25519"
@@ -104,11 +112,12 @@ class Group:
             host = Host(self, name)
             if not host.address_file.exists():
                 host.path.mkdir(mode=0o700, exist_ok=True)
+                host.tree_file.write_text(str(lower), encoding="utf-8")
                 used = [int(other.address.rsplit(".", 1)[1]) for other in self.hosts()]
                 host.address_file.write_text(f"10.77.0.{max(used, default=10) + 1}", encoding="utf-8")
         self._write_files()
         for name in names:
-            Host(self, name).start(lower)
+            Host(self, name).start()
         for name in names:
             Host(self, name).wait_until_up()
 
@@ -167,6 +176,7 @@ class Host:
         self.path = group.directory / name
         self.root = self.path / "root"
         self.address_file = self.path / "address"
+        self.tree_file = self.path / "tree"
         self.namespace = f"{group.name}-{name}"
 
     @property
@@ -188,11 +198,11 @@ class Host:
                 return process
         return None
 
-    def start(self, lower: pathlib.Path) -> None:
+    def start(self) -> None:
         """Make what is missing of it, and boot it unless it runs."""
         if self.processes():
             return
-        machine.mount(self.path, lower)
+        machine.mount(self.path, pathlib.Path(self.tree_file.read_text(encoding="utf-8")))
         if self.namespace not in namespaces():
             self._network()
         self._configure()
@@ -329,7 +339,9 @@ def main() -> int:
     parser.add_argument("--directory", type=pathlib.Path, help="where the hosts lie; one directory is one group of hosts")
     parser.add_argument("act", choices=["up", "down", "reboot", "kill", "status", "check", "supervise", "connect"])
     parser.add_argument("names", nargs="*", metavar="NAME")
-    options = parser.parse_args()
+    parser.add_argument("--suite", choices=sorted(SUITES), default=machine.SUITE, help="Debian's release, for new hosts")
+    parser.add_argument("--packages", default="", metavar="A,B", help="more packages, for new hosts")
+    options = parser.parse_intermixed_args()
     if options.act == "check":
         machine.require()
         return 0
@@ -338,7 +350,7 @@ def main() -> int:
     group = Group(options.directory)
     if options.act == "up":
         machine.require()
-        group.up(options.names)
+        group.up(options.names, options.suite, [name for name in options.packages.split(",") if name])
     elif options.act == "down":
         group.down()
     elif options.act == "status":

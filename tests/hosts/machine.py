@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What the tests' containers need of this machine: Debian 12 trees, overlays, control groups, loop devices.
+"""What the tests' containers need of this machine: Debian's trees, overlays, control groups, loop devices.
 
 A tree is built from the mirror that apt uses, once for a list of packages, and kept under :data:`CACHE`; every
 container is an overlay on it, so that what runs inside leaves the tree as it was.
@@ -23,6 +23,7 @@ import tempfile
 import time
 import typing as t
 
+#: Debian 12, which the tests run on for the most part.
 SUITE = "bookworm"
 CACHE = pathlib.Path("/var/cache/hsm-tde-hosts")
 
@@ -219,16 +220,16 @@ def unmount(root: pathlib.Path) -> None:
         subprocess.run(["umount", "--recursive", root], check=True)
 
 
-def sources() -> str:
-    """Lines of sources.list for Debian's own archives, at the mirrors that apt uses."""
+def sources(suite: str = SUITE) -> str:
+    """Lines of sources.list for Debian's own archives of a release, at the mirrors that apt uses."""
     ask = ["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Origin: Debian", "Created-By: Packages"]
     targets = sorted(set(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.splitlines()))
     lines = []
     for target in targets:
         label, uri = target.split()
-        suite = f"{SUITE}-security" if label == "Debian-Security" else SUITE
-        lines.append(f"deb {uri} {suite} main\n")
-    if not any(f" {SUITE} " in line for line in lines):
+        archive = f"{suite}-security" if label == "Debian-Security" else suite
+        lines.append(f"deb {uri} {archive} main\n")
+    if not any(f" {suite} " in line for line in lines):
         raise LacksError(["Debian's archive in apt's sources, and its lists (apt-get update)"])
     return "".join(lines)
 
@@ -248,13 +249,14 @@ def write(path: pathlib.Path, text: str, mode: int = 0o644) -> None:
         handle.write(text)
 
 
-def build(packages: t.Sequence[str]) -> pathlib.Path:
+def build(packages: t.Sequence[str], suite: str = SUITE) -> pathlib.Path:
     """A tree with Debian's smallest set and these packages.
 
+    :param suite: the release's code name.
     :returns: its folder, which nobody changes.
     """
-    wish = "\n".join([SUITE, *_DPKG_OPTIONS, *sorted(packages)])
-    tree = CACHE / f"{SUITE}-{hashlib.sha256(wish.encode()).hexdigest()[:16]}"
+    wish = "\n".join([suite, *_DPKG_OPTIONS, *sorted(packages)])
+    tree = CACHE / f"{suite}-{hashlib.sha256(wish.encode()).hexdigest()[:16]}"
     with open(CACHE / "lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if tree.exists():
@@ -274,12 +276,12 @@ def build(packages: t.Sequence[str]) -> pathlib.Path:
                     f"--aptopt={options}",
                     *(f"--dpkgopt={option}" for option in _DPKG_OPTIONS),
                     "--customize-hook=rm $1/etc/apt/apt.conf.d/99mmdebstrap $1/etc/apt/sources.list",
-                    SUITE,
+                    suite,
                     str(new),
                     "-",
                 ],
                 check=True,
-                input=sources(),
+                input=sources(suite),
                 text=True,
                 env={**os.environ, "LC_ALL": "C.UTF-8"},
             )
