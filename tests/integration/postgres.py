@@ -65,24 +65,28 @@ class Server:
             path.mkdir(exist_ok=True)
             shutil.chown(path, USER, USER)
 
+    def run(self, *argv: str, **how: t.Any) -> subprocess.CompletedProcess[str]:
+        """Run a program as the server's user, where the server is."""
+        return as_postgres(*argv, **how)
+
     def initdb(self) -> None:
         """Create the data directory."""
         self.data.mkdir(exist_ok=True)
         shutil.chown(self.data, USER, USER)
-        as_postgres(f"{self.bin}/initdb", "-D", str(self.data), "--no-sync", "-A", "peer", "-E", "UTF8", "--locale=C")
+        self.run(f"{self.bin}/initdb", "-D", str(self.data), "--no-sync", "-A", "peer", "-E", "UTF8", "--locale=C")
 
     def start(self, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Start it; :returns: the outcome of pg_ctl."""
         options = f"-k {self.socket} -c listen_addresses='' -c max_wal_size=128MB -c shared_buffers=16MB -c max_connections=40"
         log = self.log / "server.log"
         argv = [f"{self.bin}/pg_ctl", "-D", str(self.data), "-w", "-t", "20", "-l", str(log), "-o", options, "start"]
-        done = as_postgres(*argv, check=False)
+        done = self.run(*argv, check=False)
         assert not check or done.returncode == 0, f"{done.stdout}{done.stderr}{log.read_text()[-2000:]}"
         return done
 
     def stop(self) -> None:
         """Stop it if it runs."""
-        as_postgres(f"{self.bin}/pg_ctl", "-D", str(self.data), "-w", "-m", "fast", "stop", check=False)
+        self.run(f"{self.bin}/pg_ctl", "-D", str(self.data), "-w", "-m", "fast", "stop", check=False)
 
     def kill(self) -> None:
         """End the server without a shutdown."""
@@ -98,7 +102,7 @@ class Server:
     def psql(self, statement: str, database: str = "postgres", check: bool = True) -> str:
         """Run SQL, one row a line, columns parted by ``|``."""
         argv = [f"{self.bin}/psql", "-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-h", str(self.socket), "-d", database]
-        done = as_postgres(*argv, stdin=statement, check=check)
+        done = self.run(*argv, stdin=statement, check=check)
         return (done.stdout if done.returncode == 0 else done.stderr).strip()
 
     def popen(self, *argv: str) -> subprocess.Popen[str]:

@@ -279,13 +279,21 @@ class OpenCryptoki(Installation):
         for source, place, flags in mounts:
             if libc.mount(source.encode(), place.encode(), None, flags, None):
                 raise OSError(ctypes.get_errno(), f"mount {place}")
+        if daemon:
+            self.start_daemon()
+
+    def start_daemon(self) -> None:
+        """Start the daemon, as a child of the calling process, which sees the private folders."""
         for stale in ("/run/pkcsslotd.pid", "/run/pkcsslotd.socket"):
             Path(stale).unlink(missing_ok=True)
-        if daemon:
-            # The daemon forks twice; as its new parent this process can wait for its end.
-            libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            subprocess.run(["/usr/sbin/pkcsslotd"], check=True, timeout=10, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            _wait_for(lambda: os.path.exists("/run/pkcsslotd.socket") and os.path.exists("/run/pkcsslotd.pid"))
+        # The daemon forks twice; as its new parent this process can wait for its end.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        subprocess.run(["/usr/sbin/pkcsslotd"], check=True, timeout=10, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _wait_for(lambda: os.path.exists("/run/pkcsslotd.socket") and os.path.exists("/run/pkcsslotd.pid"))
+
+    def stop_daemon(self) -> None:
+        """End the daemon; the caller is the process that started it."""
+        _end(int(Path("/run/pkcsslotd.pid").read_text()))
 
     def run(self, fn: t.Callable[[], T], *, daemon: bool = True) -> T:
         """Run ``fn`` in a child inside the private installation."""
@@ -296,7 +304,7 @@ class OpenCryptoki(Installation):
                 return in_child(fn)
             finally:
                 if daemon:
-                    _end(int(Path("/run/pkcsslotd.pid").read_text()))
+                    self.stop_daemon()
 
         return in_child(act, before=lambda: self.enter(daemon=daemon))
 
