@@ -110,8 +110,23 @@ def test_a_library_that_does_not_start(softhsm: SoftHsm, tmp_path: Path) -> None
 def test_opencryptoki_without_its_service(opencryptoki: OpenCryptoki) -> None:
     with pytest.raises(TdeError) as caught:
         opencryptoki.run(lambda: load(opencryptoki.library_access()) and None, daemon=False)
-    assert caught.value.code == "library_not_started"
-    assert "pkcsslotd does not run" in caught.value.next_step
+    assert caught.value.code == "opencryptoki_daemon_down"
+    assert "pkcsslotd does not run" in caught.value.message
+
+
+@pytest.mark.parametrize("daemon", [True, False])
+def test_opencryptoki_for_a_user_outside_its_group(opencryptoki: OpenCryptoki, daemon: bool) -> None:
+    """The library gives the same answer as without the daemon; the two are told apart."""
+
+    def act() -> None:
+        os.setgroups([])
+        os.setuid(_NOBODY)
+        load(opencryptoki.library_access())
+
+    with pytest.raises(TdeError) as caught:
+        opencryptoki.run(act, daemon=daemon)
+    assert caught.value.code == "opencryptoki_user_outside_group"
+    assert "nobody" in caught.value.message
 
 
 def test_one_environment_a_process(softhsm: SoftHsm, tmp_path: Path) -> None:

@@ -159,6 +159,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "No slot with a token that may be initialised.",
         "Free a slot or add one in the token's own configuration; hsm.tde.pkcs11_token_info lists what there is.",
     ),
+    "token_slot_empty": ErrorCode(
+        "absent",
+        "The slot is there and no token is in it.",
+        "Put the token in, or name another slot; hsm.tde.pkcs11_token_info lists what there is.",
+    ),
     "token_initialized": ErrorCode("client_error", "The token in the slot holds another label; it is not initialised again."),
     "token_reinitialize_unsafe": ErrorCode("unsupported", "This token is known to become unusable when it is initialised again."),
     "token_act_lost": ErrorCode(
@@ -246,6 +251,72 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "unsupported",
         "A wrapped key was written by a newer version of this collection.",
         "Use the version of hsm.tde that wrote it, or a newer one.",
+    ),
+    # hsm: openCryptoki
+    "opencryptoki_missing": ErrorCode(
+        "absent",
+        "openCryptoki is not installed, or not wholly: its library, its daemon or its group is missing.",
+        "Install it (the role hsm.tde.opencryptoki).",
+    ),
+    "opencryptoki_daemon_down": ErrorCode(
+        "unreachable", "openCryptoki's daemon pkcsslotd does not run, and without it the library answers nothing."
+    ),
+    "opencryptoki_user_outside_group": ErrorCode(
+        "refused", "The user is not a member of the group pkcs11, or was not when the program was started."
+    ),
+    "opencryptoki_daemons": ErrorCode(
+        "unreachable",
+        "More than one pkcsslotd runs, or one beside the system's service; programs reach one of them only.",
+        "End all and start one: hsm.tde.opencryptoki_daemon with state restarted.",
+    ),
+    "opencryptoki_daemon_failed": ErrorCode(
+        "unreachable", "openCryptoki's daemon did not start or did not end.", "Correct what it says, then run again."
+    ),
+    "opencryptoki_in_use": ErrorCode(
+        "locked",
+        "Programs use openCryptoki; they would lose their sessions, or keep an old state of the token.",
+        "End them first, or allow it with force where the module has that option.",
+    ),
+    "opencryptoki_conf_invalid": ErrorCode(
+        "client_error",
+        "A configuration file of openCryptoki would not be taken by the version that is installed, or would lose slots.",
+        "Correct the task, or the lines that it names.",
+    ),
+    "opencryptoki_stdll_absent": ErrorCode(
+        "absent",
+        "The library of a slot's token (stdll) is not installed.",
+        "Install the package that has it, or correct stdll.",
+    ),
+    "opencryptoki_slot_without_token": ErrorCode(
+        "unreachable",
+        "openCryptoki does not list the slot: the library of its token is there and finds no token, adapter or service.",
+        "Look at the adapter (hsm.tde.cryptocard_info), at the token's own configuration file and at the system's log.",
+    ),
+    "opencryptoki_store_format": ErrorCode(
+        "client_error",
+        "The token's folder has another format than the slot's tokversion says; the token would not open.",
+        "Migrate it first (hsm.tde.opencryptoki_migrate), or correct tokversion.",
+    ),
+    "opencryptoki_slot_absent": ErrorCode(
+        "absent", "opencryptoki.conf has no such slot.", "Correct its number; hsm.tde.opencryptoki_info lists the slots."
+    ),
+    "opencryptoki_migrate_unsupported": ErrorCode(
+        "unsupported",
+        "This version of openCryptoki has no pkcstok_migrate, or the token is of a kind that it does not migrate.",
+        "Use openCryptoki 3.15 or newer.",
+    ),
+    "opencryptoki_migrate_failed": ErrorCode(
+        "unreachable", "pkcstok_migrate did not bring the token's folder to the new format; the former one is in its place."
+    ),
+    "opencryptoki_store_absent": ErrorCode(
+        "absent",
+        "The token's folder is not there, or holds no token that was initialised.",
+        "Initialise the token on the primary first (hsm.tde.pkcs11_token).",
+    ),
+    "opencryptoki_archive_invalid": ErrorCode(
+        "damaged",
+        "The archive of a token was made for another host or token, or was changed on its way; nothing was unpacked.",
+        "Make it anew, for the public key that this host shows.",
     ),
     # command
     "file_foreign": ErrorCode("refused", "A file that this collection did not write stands where one of its own would be."),
@@ -433,6 +504,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "server_privilege_missing": ErrorCode("refused", "The database role may not do this; a superuser is needed."),
     "server_is_standby": ErrorCode("client_error", "The server is a standby; tablespaces are created and filled on the primary."),
     "server_not_local": ErrorCode("client_error", "The server's files do not lie on this host."),
+    "server_foreign": ErrorCode(
+        "client_error",
+        "The server that answers works on another data directory than the cluster's.",
+        "Correct login_host, login_port or login_unix_socket, or name the cluster that this server belongs to.",
+    ),
     "lock_timeout": ErrorCode("locked", "A lock in the database was not had in time."),
     "move_blocked": ErrorCode("locked", "A relation stayed locked by others through all tries; what was moved stays moved."),
     "unfinished": ErrorCode(

@@ -32,7 +32,15 @@ if t.TYPE_CHECKING:
     from ..keystore.store import Slot as StoreSlot
 
 #: Why a token may not answer on a host where the tasks before this one were only planned.
-_NOT_YET = ("token_absent", "token_not_ready", "library_absent", "library_not_started", "library_not_loaded")
+_NOT_YET = (
+    "token_absent",
+    "token_not_ready",
+    "library_absent",
+    "library_not_started",
+    "library_not_loaded",
+    "opencryptoki_daemon_down",
+    "opencryptoki_missing",
+)
 
 
 def _slot(facts: t.Mapping[str, t.Any]) -> Slot:

@@ -37,7 +37,15 @@ DEFAULT_KEK = "hsm-tde.secrets"
 _ALPHABET = string.ascii_letters + string.digits
 MIN_GENERATED, MAX_GENERATED = 16, 1024
 #: Why a token may not answer on a host where the tasks before this one were only planned.
-_NOT_YET = ("token_absent", "token_not_ready", "library_absent", "library_not_started", "library_not_loaded")
+_NOT_YET = (
+    "token_absent",
+    "token_not_ready",
+    "library_absent",
+    "library_not_started",
+    "library_not_loaded",
+    "opencryptoki_daemon_down",
+    "opencryptoki_missing",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import grp
 import os
 import re
 import stat
@@ -19,7 +18,7 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.files import check_parents
 from ..common.secret import Secret
-from . import softhsm
+from . import opencryptoki, softhsm
 from .cryptoki import CK_ULONG, CkError, FunctionList
 from .errors import ckr_of
 
@@ -137,13 +136,7 @@ class Library:
             ckr = ckr_of(exc)
             if ckr is None:
                 raise
-            raise TdeError(
-                "library_not_started",
-                f"C_Initialize answered {ckr}",
-                obj=f"library {path}",
-                next_step=_why_not_started(path),
-                details={"ckr": ckr},
-            ) from None
+            raise _not_started(path, ckr) from None
         self._pid = os.getpid()
 
     def _initialize(self) -> None:
@@ -195,9 +188,9 @@ class Library:
                 found = (CK_ULONG * max(count.value, 1))()
         return list(found[: count.value]) if found is not None else []
 
-    def slots(self) -> list[int]:
-        """The ids of the slots with a token in them, initialised or not."""
-        return self._numbers("C_GetSlotList", ctypes.c_ubyte, 1)
+    def slots(self, with_token: bool = True) -> list[int]:
+        """The ids of the slots: those with a token in them, initialised or not, or all."""
+        return self._numbers("C_GetSlotList", ctypes.c_ubyte, int(with_token))
 
     def slot_info(self, slot_id: int) -> SlotInfo:
         info = SlotInfo()
@@ -264,7 +257,8 @@ def load(access: LibraryAccess) -> Library:
 
     :raises TdeError: ``library_absent``, ``library_unreadable``, ``library_not_trusted``,
         ``library_wrong_architecture``, ``library_not_pkcs11``, ``library_not_loaded``, ``library_not_started``,
-        ``library_environment_conflict``.
+        ``library_environment_conflict``; openCryptoki's ``opencryptoki_missing``, ``opencryptoki_daemon_down`` and
+        ``opencryptoki_user_outside_group``.
     """
     path = _judged(access.path)
     known = _loaded.get(path)
@@ -338,19 +332,17 @@ def _judged(path: str) -> str:
     return real
 
 
-def _why_not_started(path: str) -> str:
+def _not_started(path: str, ckr: str) -> TdeError:
     """What a user looks at first when C_Initialize fails; the answer itself (mostly 5 or 6) does not tell."""
-    name = os.path.basename(path)
-    if "opencryptoki" in name:
-        if not any(os.path.exists(place) for place in ("/run/pkcsslotd.socket", "/run/opencryptoki/pkcsslotd.socket")):
-            return "The service pkcsslotd does not run: start it."
-        try:
-            group = grp.getgrnam("pkcs11")
-        except KeyError:
-            return "The group pkcs11 does not exist: install openCryptoki anew."
-        if group.gr_gid not in os.getgroups() and os.geteuid() != 0:
-            return "This user is not in the group pkcs11."
-        return "The service pkcsslotd left its socket and does not answer: look at its log."
-    if softhsm.is_softhsm(path):
-        return f"SoftHSM reads {softhsm.configuration()}: it must exist, and the folder of tokens that it names as well."
-    return "Look at the library's own configuration, service and log."
+    code, message, next_step = "library_not_started", f"C_Initialize answered {ckr}", ""
+    if opencryptoki.is_opencryptoki(path):
+        reason = opencryptoki.why_not_started()
+        if reason:
+            code, message, next_step = reason.code, f"{message}: {reason.message}", reason.next_step
+        else:
+            next_step = f"The daemon {opencryptoki.DAEMON} runs and does not answer: look at the system's log."
+    elif softhsm.is_softhsm(path):
+        next_step = f"SoftHSM reads {softhsm.configuration()}: it must exist, and the folder of tokens that it names as well."
+    else:
+        next_step = "Look at the library's own configuration, service and log."
+    return TdeError(code, message, obj=f"library {path}", next_step=next_step, details={"ckr": ckr})
