@@ -212,3 +212,30 @@ def test_a_process_of_the_server_is_found_by_what_it_does_not_by_its_lock_file(t
         finally:
             shell.kill()
             shell.wait()
+
+
+def test_what_one_server_holds_is_never_said_of_another() -> None:
+    """Two servers, and the address of the one in a task about the other."""
+    with estate() as host, postgres.folder() as home:
+        host.server.initdb()
+        host.server.start()
+        host.run("tde_keystore", keyslots=SLOTS)
+        host.run("tde_tablespace", tablespaces=[{"name": "sealed"}], keyslots=SLOTS)
+        other = postgres.Server(home)
+        other.initdb()
+        other.start()
+        try:
+            there = other.options()
+            for module, more in (
+                ("tde_proof", {"tablespaces": ["sealed"]}),
+                ("tde_proof", {"data_directory": True}),
+                ("tde_tablespace", {"tablespaces": [{"name": "sealed"}]}),
+            ):
+                said = host.refused(module, "server_foreign", **{**there, **more})
+                assert str(other.data) in said["msg"]
+                assert str(host.server.data) in said["msg"]
+            found = host.run("tde_info", **there)
+            assert not found["encrypted"]
+            assert any("works on" in sentence for sentence in found["gaps"])
+        finally:
+            other.stop()

@@ -233,7 +233,11 @@ def test_a_standby_is_refused(host: Estate) -> None:
     standby.start()
     try:
         more = {"login_unix_socket": str(standby.socket)}
-        host.refused("tde_tablespace", "server_is_standby", tablespaces=[{"name": "fourth"}], keyslots=SLOTS, **more)
+        fourth = [{"name": "fourth"}]
+        # The same system and the same catalogs, but not the server whose files the record names.
+        host.refused("tde_tablespace", "server_foreign", tablespaces=fourth, keyslots=SLOTS, **more)
+        more["postgresql"] = {**host.options, "data_directory": str(standby.data)}
+        host.refused("tde_tablespace", "server_is_standby", tablespaces=fourth, keyslots=SLOTS, **more)
         deadline = time.monotonic() + 10
         while host.run("tde_info")["server"]["standbys_attached"] != 1:
             assert time.monotonic() < deadline

@@ -242,7 +242,7 @@ def collect(engine: Postgresql) -> Facts:
     }
     found["same_disk"] = _same_disk(engine, found)
     found["gaps"] = gaps.sentences(found)
-    found["encrypted"] = bool(data_directory) and gaps.covered(found)
+    found["encrypted"] = bool(data_directory) and not server.misplaced and gaps.covered(found)
     return found
 
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing as t
 
 from ...common import plan as plans
@@ -250,7 +249,7 @@ class Keystore:
             running = ""
             if server.postmaster:
                 running = f"the server runs (process {server.postmaster.pid})"
-            elif server.answer and os.path.realpath(server.answer.data_directory) == os.path.realpath(server.data_directory):
+            elif server.answer:
                 running = f"the server answers at {server.access.where}"
             users = [f"{one.name} ({one.pid})" for place in places for one in servers.holders(place.path)]
             steps = plan.close_places(places, running=running, users=users, force=self.wish.force)

@@ -194,6 +194,11 @@ class Server:
     answer: sql.Server | None
     error: TdeError | None
 
+    @property
+    def misplaced(self) -> bool:
+        """Whether another server answers than the one whose files are looked at."""
+        return self.error is not None and self.error.code in ("server_foreign", "server_not_local")
+
 
 def data_directory(options: Options) -> str:
     """The data directory, as far as options, record or Debian's tools tell it without the server."""
@@ -224,9 +229,31 @@ def server(connection: Connection, options: Options, *, ask: bool = True) -> Ser
     try:
         with sql.connect(access) as opened:
             answer = sql.inspect(opened)
+            answer = dataclasses.replace(answer, data_directory=_works_on(opened.info.backend_pid, answer, access, directory))
     except TdeError as exc:
         return Server(access, directory, process, None, exc)
-    if answer.data_directory and not directory:
+    if not directory:
         directory = answer.data_directory
         process = servers.postmaster(directory)
     return Server(access, directory, process, answer, None)
+
+
+def _works_on(pid: int, answer: sql.Server, access: sql.Access, directory: str) -> str:
+    """The data directory of the server that answers, told by the kernel: what is said of one server's files must never be
+    read off another's.
+
+    :param pid: of the process that serves the connection; :param directory: the one meant, "" if none is.
+    :raises TdeError: ``server_not_local``, ``server_foreign``.
+    """
+    obj = f"PostgreSQL at {access.where}"
+    found = servers.working_directory(pid)
+    if found is None or (answer.data_directory and not _same(found, answer.data_directory)):
+        said = f" works on {answer.data_directory}, which" if answer.data_directory else " has a data directory that"
+        raise TdeError("server_not_local", f"{said.strip()} is not on this host", obj=obj)
+    if directory and not _same(found, directory):
+        raise TdeError("server_foreign", f"works on {found}, not on {directory}", obj=obj)
+    return answer.data_directory or found
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)

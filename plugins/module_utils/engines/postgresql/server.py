@@ -132,6 +132,14 @@ def postmaster(data_directory: str, proc: str = PROC) -> Postmaster | None:
     return Postmaster(named if named in pids else first[0], port, socket)
 
 
+def working_directory(pid: int, proc: str = PROC) -> str | None:
+    """The directory that a server's process works in, its data directory, or None if this host has no such process."""
+    try:
+        return os.readlink(os.path.join(proc, str(pid), "cwd"))
+    except OSError:
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
 class DebianCluster:
     """A row of pg_lsclusters."""

@@ -16,7 +16,6 @@ from ...common.plan import Plan, Step
 from .. import keyslots
 from ..base import MoveWish, Outcome, SlotWish, TablespacesWish, TablespaceWish
 from . import look, move, plan, public, sql
-from . import server as servers
 
 if t.TYPE_CHECKING:
     from .engine import Postgresql
@@ -287,7 +286,8 @@ def _check_wishes(items: t.Sequence[TablespaceWish]) -> None:
 def _usable(server: look.Server) -> sql.Server:
     """The server's facts, if tablespaces can be made on it.
 
-    :raises TdeError: ``server_down`` and its kind, ``server_is_standby``, ``server_privilege_missing``, ``server_not_local``.
+    :raises TdeError: ``server_down`` and its kind, ``server_is_standby``,
+        ``server_privilege_missing``, ``server_foreign``, ``server_not_local``.
     """
     if server.answer is None:
         raise established(server.error, "the error")
@@ -298,15 +298,6 @@ def _usable(server: look.Server) -> sql.Server:
     if not answer.superuser:
         raise TdeError(
             "server_privilege_missing", f"{answer.user} is no superuser", obj=obj, next_step="Set login_user, or leave it out."
-        )
-    process = servers.postmaster(answer.data_directory)
-    if process is None or os.path.realpath(answer.data_directory) != os.path.realpath(server.data_directory):
-        raise TdeError(
-            "server_not_local",
-            f"its data directory is {answer.data_directory}, "
-            + (f"not {server.data_directory}" if process else "and no server runs on that here"),
-            obj=obj,
-            next_step="Run this on the server's own host, and name its socket or port.",
         )
     return answer
 

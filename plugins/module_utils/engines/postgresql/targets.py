@@ -39,11 +39,14 @@ SELECT pg_relation_filepath(m.oid) FROM (
 def proof_targets(engine: Postgresql, wish: ProofWish) -> list[ProofTarget]:
     """The places of a wish; a server that answers brings its memory to the disk first.
 
-    :raises TdeError: ``tablespace_absent``, ``relation_absent``, ``database_absent``, ``invalid_option``.
+    :raises TdeError: ``tablespace_absent``, ``relation_absent``, ``database_absent``, ``invalid_option``,
+        ``server_foreign``, ``server_not_local``.
     """
     identifiers = {key.key_id: key.check_value for key in read_keys(KeyStore(engine.request.state, engine.request.cluster))}
     server = look.server(engine.request.connection, engine.options)
     notes: list[str] = []
+    if server.misplaced:
+        raise established(server.error, "the error")
     if server.answer is None:
         said = server.error.message if server.error else ""
         notes.append(f"The server {said}, so there was no CHECKPOINT: what it had in memory only was not looked at.")
