@@ -15,6 +15,9 @@ description:
   - A key that the target remembers and that the token does not list is an error, since an unmounted folder of tokens looks
     exactly like an empty token. Nothing is generated in its place without O(keys[].replace_lost).
   - A key that a keystore needs is not destroyed.
+  - A run that is killed while SoftHSM makes a secret key leaves an object that shows like a key and has no value. Where the
+    target's journal says that it began to generate that key, and it is certain that there is no value, the next run destroys
+    the object, without O(keys[].confirm_destroy), and generates the key.
 author:
   - The hsm.tde authors (@hsm-tde)
 options:

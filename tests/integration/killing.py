@@ -254,7 +254,7 @@ class AtCalls(Kills):
         return not self._left
 
     def _begin(self, work: Task) -> bool:
-        if self._killed_at(work, self._left[0], self._number):
+        if killed_before(work, self._left[0], self._number):
             self._number += self._every
             return True
         # There are fewer of it: the next one's turn.
@@ -262,22 +262,34 @@ class AtCalls(Kills):
         self._number = self._first
         return False
 
-    def _killed_at(self, work: Task, call: str, number: int) -> bool:
-        process = Process(work, traced=True)
-        inject = f"inject={call}:signal=SIGKILL:when={number}"
-        tracer = subprocess.Popen(
-            ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject, "-p", str(process.pid)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            while "TracerPid:\t0\n" in Path(f"/proc/{process.pid}/status").read_text():
-                assert tracer.poll() is None, "strace could not attach"
-                time.sleep(0.002)
-            process.go()
-            return process.result() is None
-        finally:
-            tracer.wait(30)
+
+def killed_before(work: Task, call: str, number: int) -> bool:
+    """Kill a task before its n-th call; :returns: False if it ended before that."""
+    return _traced(work, "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}") is None
+
+
+def calls(work: Task, call: str, log: Path) -> list[str]:
+    """Run a task to its end; :returns: its calls, as strace writes them, with the paths of files.
+
+    :param log: a file for them.
+    """
+    assert _traced(work, "-y", "-o", str(log), "-e", f"trace={call}") is not None
+    return [line for line in log.read_text().splitlines() if line.startswith(call)]
+
+
+def _traced(work: Task, *options: str) -> dict[str, t.Any] | None:
+    """Run a task under strace; :returns: as :meth:`Process.result`."""
+    process = Process(work, traced=True)
+    argv = ["strace", "-qq", *options, "-p", str(process.pid)]
+    tracer = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while "TracerPid:\t0\n" in Path(f"/proc/{process.pid}/status").read_text():
+            assert tracer.poll() is None, "strace could not attach"
+            time.sleep(0.002)
+        process.go()
+        return process.result()
+    finally:
+        tracer.wait(30)
 
 
 # --- the look from outside

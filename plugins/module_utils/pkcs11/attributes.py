@@ -80,6 +80,7 @@ ATTRIBUTES: dict[str, Attribute] = {
     "modulus": Attribute(0x120, "s", 1024),
     "ec_point": Attribute(0x181, "s", 160),
     "check_value": Attribute(0x090, "s", 8),
+    "allowed_mechanisms": Attribute(0x40000600, "s", 512),
     "class": Attribute(0x000, "Q", 8),
     "type": Attribute(0x100, "Q", 8),
     "value_len": Attribute(0x161, "Q", 8),

@@ -13,7 +13,7 @@ import os
 import typing as t
 
 from ..common.errors import TdeError
-from . import make
+from . import make, unfinished
 from .blob import CBC_HMAC, GCM, IV_BYTES, MAC_BYTES, TAG_BITS
 from .envelope import COMPANION, Kek, check_fit, load_kek
 from .errors import ckr_of, translated
@@ -176,6 +176,9 @@ def _complete(session: Session, ref: KeyRef, resumed: bool, cluster: str, regist
 
     if not resumed:
         write("begun")
+    else:
+        for label in (ref.label, ref.label + COMPANION):
+            _clear(session, KeyRef(label, ref.id), cluster, registry, journal)
     usage = {"encrypt": True, "decrypt": True}
     info = _ensure(session, KeySpec(ref.label, ref.id, "aes", size=256, usage=usage), cluster, registry)
     kek = Kek(session, info, None)
@@ -188,6 +191,25 @@ def _complete(session: Session, ref: KeyRef, resumed: bool, cluster: str, regist
         _probe_cbc(kek)
     write("done", kcv=kek.kcv().hex(), mechanism=mechanism)
     return ref
+
+
+def _clear(session: Session, ref: KeyRef, cluster: str, registry: Registry, journal: Journal) -> None:
+    """Take away what a kill left of a key in the midst of its generation; a key that is one stays."""
+    token = session.token
+    if registry.names_key(token.label, token.serial, ref.label, ref.id.hex()) or not unfinished.proved(
+        session, ref.label, ref.id
+    ):
+        return
+    facts = {
+        "cluster": cluster,
+        "key": ref.label,
+        "key_id": ref.id.hex(),
+        "token_label": token.label,
+        "token_serial": token.serial,
+    }
+    journal.append(unfinished.ACTION, f"{ref} in {token}", result="begun", **facts)
+    unfinished.destroy(session, ref.label, ref.id)
+    journal.append(unfinished.ACTION, f"{ref} in {token}", **facts)
 
 
 def _ensure(session: Session, spec: KeySpec, cluster: str, registry: Registry) -> KeyInfo:

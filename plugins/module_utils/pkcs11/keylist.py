@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing as t
 
 from ..common import plan as planning
@@ -12,7 +13,7 @@ from ..common.errors import TdeError
 from ..common.journal import Journal
 from ..common.plan import Plan, Step
 from ..common.state import StateDirectory
-from . import make
+from . import make, unfinished
 from .envelope import COMPANION
 from .keys import KeyInfo, check_value, find
 from .keyspec import Found, Wish, check_spec, main_keys, plan_key
@@ -90,8 +91,9 @@ def _apply(
 ) -> Outcome:
     registry, journal = Registry(state), Journal(state.journal)
     with open_session(access, state, rw=not check_mode) as session:
-        needed = _uses(session.token, registry, journal, uses) if any(_may_destroy(wish) for wish in wishes) else {}
-        found = [_inspect(session, wish, registry, needed) for wish in wishes]
+        needed = functools.cache(lambda: _uses(session.token, registry, journal, uses))
+        begun = functools.cache(lambda: unfinished.begun(journal, session.token))
+        found = [_inspect(session, wish, registry, begun, needed) for wish in wishes]
         plans = [plan_key(wish, there) for wish, there in zip(wishes, found, strict=True)]
         before = _facts(there.keys for there in found)
         warnings = [
@@ -138,16 +140,30 @@ def _uses(
     return needed
 
 
-def _inspect(session: Session, wish: Wish, registry: Registry, needed: Uses) -> Found:
+def _inspect(
+    session: Session,
+    wish: Wish,
+    registry: Registry,
+    begun: t.Callable[[], t.Collection[tuple[str, bytes]]],
+    needed: t.Callable[[], Uses],
+) -> Found:
+    """:param begun: as :func:`.unfinished.begun`, asked only if there is a key that the registry does not name."""
     spec = wish.spec
     keys = find(session, spec.label)
-    same = main_keys(keys, spec)
+    remembered = [bytes.fromhex(row["id"]) for row in make.registered(registry, session.token, spec.label)]
+    new = sorted({info.id for info in keys if spec.id in (None, info.id)}.difference(remembered))
+    killed = [id_ for id_ in new if (spec.label, id_) in begun()]
+    dead = [id_ for id_ in killed if unfinished.proved(session, spec.label, id_)]
+    same = [info for info in main_keys(keys, spec) if info.id not in dead]
     compared = make.same_value(session, same[0], spec) if wish.state == "present" and spec.imported and len(same) == 1 else None
+    uses = needed() if dead or _may_destroy(wish) else {}
     return Found(
         keys=keys,
-        remembered=[bytes.fromhex(row["id"]) for row in make.registered(registry, session.token, spec.label)],
-        uses={id_: reasons for (label, id_), reasons in needed.items() if label == spec.label},
+        remembered=remembered,
+        uses={id_: reasons for (label, id_), reasons in uses.items() if label == spec.label},
         same_value=compared,
+        begun=killed,
+        unfinished=dead,
     )
 
 
@@ -179,7 +195,7 @@ def _foreseen(wish: Wish, found: Found, plan: Plan) -> dict[str, t.Any] | None:
         if step.action in ("generate_key", "import_key"):
             return dict(step.data)
     changes: dict[str, t.Any] = next((step.data["changes"] for step in plan if step.action == "change_key"), {})
-    return {**main_keys(found.keys, wish.spec)[0].public(), **changes}
+    return {**main_keys(found.whole, wish.spec)[0].public(), **changes}
 
 
 class _Runner:
@@ -211,6 +227,7 @@ class _Runner:
             "change_key": change_key,
             "destroy_key": destroy_key,
             "forget_key": lambda step: self._forget(wish, step),
+            unfinished.ACTION: lambda step: unfinished.destroy(self._session, wish.spec.label, bytes.fromhex(step.data["id"])),
         }
         planning.run(plan, {name: self._journalled(wish, act) for name, act in acts.items()})
 

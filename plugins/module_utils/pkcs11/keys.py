@@ -40,7 +40,7 @@ _BATCH = 1024
 _LONGEST = 65536
 
 #: Attributes that a :class:`KeyInfo` is made of.
-_INFO = tuple(name for name in attrs.ATTRIBUTES if name not in ("check_value", "ec_point"))
+_INFO = tuple(name for name in attrs.ATTRIBUTES if name not in ("check_value", "ec_point", "allowed_mechanisms"))
 #: Facts of a listing if none are named: all but the check value, which is read on request.
 DEFAULT_FIELDS = tuple(name for name in attrs.FACTS if name != "check_value")
 

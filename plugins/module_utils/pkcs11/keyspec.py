@@ -14,6 +14,7 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.plan import Plan, Step
 from ..common.secret import Secret
+from . import unfinished
 from .attributes import CURVES, USAGE, USAGE_OF
 from .keys import KeyInfo, unreachable
 
@@ -138,12 +139,21 @@ class Found:
     :param remembered: ids that the registry names under the label, whether listed or not.
     :param uses: who needs a key, in words, by CKA_ID.
     :param same_value: whether an existing key has the value to be imported; None where it cannot be compared.
+    :param begun: ids of keys that a run began to generate and that no run has acted on since, nor remembers: it was killed.
+    :param unfinished: those of them that have no value (:mod:`.unfinished`).
     """
 
     keys: t.Sequence[KeyInfo]
     remembered: t.Collection[bytes] = ()
     uses: t.Mapping[bytes, t.Sequence[str]] = dataclasses.field(default_factory=dict)
     same_value: bool | None = None
+    begun: t.Collection[bytes] = ()
+    unfinished: t.Collection[bytes] = ()
+
+    @property
+    def whole(self) -> list[KeyInfo]:
+        """The keys without those that have no value."""
+        return [info for info in self.keys if info.id not in self.unfinished]
 
 
 def id_of(label: str) -> bytes:
@@ -293,6 +303,10 @@ def plan_key(wish: Wish, found: Found) -> Plan:
     for id_ in lost:
         _refuse_used(obj, id_, found)
     plan = [Step("forget_key", obj, "it is lost for good, says replace_lost", {"id": id_.hex()}) for id_ in lost]
+    for id_ in found.unfinished:
+        _refuse_used(obj, id_, found)
+        plan.append(Step(unfinished.ACTION, obj, "a killed run began to generate it, and it has no value", {"id": id_.hex()}))
+    found = dataclasses.replace(found, keys=found.whole)
     same = main_keys(found.keys, spec)
     if len(same) > 1:
         raise TdeError(
@@ -308,6 +322,8 @@ def plan_key(wish: Wish, found: Found) -> Plan:
             raise _exists(obj, found.keys, spec)
         return [*plan, _make(spec)]
     differences = compare(spec, same[0], found.keys, found.same_value)
+    if not spec.imported and same[0].id in found.begun and same[0].flags.get("local") is False:
+        differences.fixed["local"] = (False, True)
     if wish.regenerate == "always" or (differences.fixed and wish.regenerate == "partial_idempotence"):
         why = _words(differences.fixed) or "regenerate says always"
         return [*plan, _destroy(wish, found, same[0], why), _make(spec, id_=same[0].id)]
@@ -331,7 +347,9 @@ def _exists(obj: str, keys: t.Sequence[KeyInfo], spec: KeySpec) -> TdeError:
         "key_mismatch",
         f"the label stands for {there}" + (f", not for id {spec.id.hex()}" if spec.id is not None else ""),
         obj=obj,
-        next_step="Name the id of the existing key, or choose another label; none is made beside it.",
+        next_step="A public half alone is what a kill can leave of a pair: say state: absent with confirm_destroy before, if so."
+        if all(info.cls == "public" for info in keys)
+        else "Name the id of the existing key, or choose another label; none is made beside it.",
     )
 
 

@@ -139,6 +139,38 @@ def test_two_keys_of_a_label_are_told_apart_by_id() -> None:
     assert [step.data["id"] for step in plan_key(wish("absent", confirm="a", id=b"\x02"), both)] == ["02"]
 
 
+def test_what_a_kill_left_without_a_value_goes_without_a_confirmation() -> None:
+    dead = Found([key(local=False)], begun=[ID], unfinished=[ID])
+    dead_goes, made = plan_key(wish(), dead)
+    assert (dead_goes.action, dead_goes.data, made.action) == ("destroy_unfinished_key", {"id": "01"}, "generate_key")
+    assert actions(wish(value=Secret(bytes(32))), dead) == ["destroy_unfinished_key", "import_key"]
+    assert actions(wish("absent"), dead) == ["destroy_unfinished_key"]
+    # A whole key of the label stays, and is the one that was meant.
+    beside = Found([key(local=False), key(id=b"\x02", local=True)], begun=[ID], unfinished=[ID])
+    assert actions(wish(), beside) == ["destroy_unfinished_key"]
+    assert refused(wish("absent"), beside) == "destroy_unconfirmed"
+
+
+def test_what_a_keystore_names_does_not_go_even_without_a_value() -> None:
+    assert refused(wish(), Found([key(local=False)], (), {ID: ["keyslot primary"]}, None, [ID], [ID])) == "key_in_use"
+
+
+@pytest.mark.parametrize("there", [key(local=False), key(cls="private", type="rsa", size=2048, local=False)])
+def test_what_a_kill_left_and_may_have_a_value_is_an_error_until_confirmed(there: KeyInfo) -> None:
+    left = Found([there], begun=[ID])
+    wished = {"type": there.type}
+    assert refused(wish(**wished), left) == "key_mismatch"
+    assert refused(wish("absent", **wished), left) == "destroy_unconfirmed"
+    assert refused(wish(regenerate="partial_idempotence", **wished), left) == "destroy_unconfirmed"
+    assert actions(wish(regenerate="partial_idempotence", confirm="a", **wished), left) == ["destroy_key", "generate_key"]
+
+
+def test_a_key_that_a_killed_run_had_made_is_taken() -> None:
+    assert actions(wish(), Found([key(local=True)], begun=[ID])) == []
+    # What is imported is never generated in the token, and compared by its value.
+    assert actions(wish(value=Secret(bytes(32))), Found([key(local=False)], same_value=True, begun=[ID])) == []
+
+
 def test_a_public_key_alone_is_no_key_pair() -> None:
     alone = Found([KeyInfo(2, "a", ID, "public", "rsa", 2048, None, None, {})])
     assert refused(wish(type="rsa"), alone) == "key_mismatch"
