@@ -638,6 +638,39 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "What answers is no KMIP server, or one whose answer cannot be read.",
         "Correct the port; see the server's log.",
     ),
+    # engines: fep
+    "protection_unchangeable": ErrorCode(
+        "unsupported",
+        "The database's maker supports no change of this kind; it would leave encrypted data without its key.",
+        "Take the data to a new cluster whose keystore is of the wished kind.",
+    ),
+    "data_directory_foreign": ErrorCode("client_error", "The data directory has files in it and is no database cluster."),
+    "setting_overridden": ErrorCode(
+        "client_error", "Something else sets a parameter of the keystore after our file, so that ours would never count."
+    ),
+    "standby_unsupplied": ErrorCode(
+        "absent", "The standby has no copy of the primary's keystore, and must not make one of its own."
+    ),
+    "server_other_product": ErrorCode("client_error", "The server that answers is not the product of this engine."),
+    "master_key_refused": ErrorCode(
+        "refused", "The server refused to set the master key.", "Correct what the server says, then run again."
+    ),
+    "keystore_not_opened": ErrorCode("refused", "The server refused to open its keystore."),
+    "keystore_closed": ErrorCode(
+        "locked",
+        "The server's keystore is not open.",
+        "Open it (hsm.tde.tde_keystore with state=open, or hsm-tde open), then run again.",
+    ),
+    "passphrase_change_refused": ErrorCode(
+        "refused",
+        "The server refused to change the keystore's passphrase.",
+        "Give the present passphrase at top level, the new one in keyslots.",
+    ),
+    "tablespace_not_empty": ErrorCode(
+        "client_error",
+        "Something lies in the tablespace: its encryption can only change while it is empty.",
+        "Create another tablespace and move the data there.",
+    ),
 }
 
 
