@@ -111,17 +111,18 @@ class Outcome:
     after: TokenInfo
 
 
-def change(wish: PinWish, state: StateDirectory, *, check_mode: bool = False) -> Outcome:
+def change(wish: PinWish, state: StateDirectory, *, check_mode: bool = False, locked: bool = False) -> Outcome:
     """Change a PIN.
 
     Check mode logs in as well, for it has no other way to know which PIN the token has.
 
+    :param locked: the caller holds the state directory's lock.
     :raises TdeError: as :func:`.token.open_session`; ``pin_is_factory``; ``pin_file_damaged`` and what reading the file raises.
     """
     if wish.pin_file is not None and not os.path.isabs(wish.pin_file):
         raise TdeError("invalid_option", "must be an absolute path", obj=f"option pin_file {wish.pin_file!r}")
-    if check_mode:
-        return _change(wish, state, act=False)
+    if check_mode or locked:
+        return _change(wish, state, act=not check_mode)
     with state.locked(LOCK_WAIT):
         return _change(wish, state, act=True)
 
