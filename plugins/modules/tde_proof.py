@@ -184,7 +184,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeMo
 from ansible_collections.hsm.tde.plugins.module_utils.engines import database_options, load
 from ansible_collections.hsm.tde.plugins.module_utils.engines.base import ProofWish
 from ansible_collections.hsm.tde.plugins.module_utils.engines.request import request
-from ansible_collections.hsm.tde.plugins.module_utils.storage.proof import NOT_COVERED, NOT_COVERED_BY_A_PART, prove
+from ansible_collections.hsm.tde.plugins.module_utils.storage.proof import NOT_COVERED, NOT_COVERED_BY_A_PART
 
 SPEC: dict[str, t.Any] = {
     **database_options(),
@@ -204,7 +204,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
     canary = params["canary"] and not module.check_mode
     if params["canary"] and not canary:
         module.warn("No canary is written in check mode; without one, an empty place stays unknown.")
-    proofs = [prove(target, canary=canary) for target in engine.proof_targets(wish)]
+    proofs = engine.proofs(wish, canary=canary)
     return {
         "changed": False,
         "proofs": proofs,

@@ -216,6 +216,15 @@ class Engine(abc.ABC):
     def info(self) -> dict[str, t.Any]:
         """All that can be told without a secret, the gaps in plain words included. Reads only, on any estate."""
 
-    @abc.abstractmethod
     def proof_targets(self, wish: ProofWish) -> list[ProofTarget]:
-        """The places that a proof looks at."""
+        """The places that a proof looks at, where the kernel encrypts below the database."""
+        return []
+
+    def proofs(self, wish: ProofWish, *, canary: bool) -> list[dict[str, t.Any]]:
+        """What a proof finds, as :func:`storage.proof.prove` gives it; an engine whose server encrypts its files reads these itself.
+
+        :param canary: write a marker into places that hold nothing.
+        """
+        from ..storage.proof import prove
+
+        return [prove(target, canary=canary) for target in self.proof_targets(wish)]
