@@ -198,6 +198,11 @@ start_required:
   returned: with O(state=present)
   type: bool
   sample: true
+restart_required:
+  description: Whether the running server must be restarted before it works as wished. Then this is run again.
+  returned: with engines whose server reads its keystore's settings when it starts
+  type: bool
+  sample: false
 """
 
 import typing as t
