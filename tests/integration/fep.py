@@ -49,9 +49,8 @@ class TokenHost:
         self.opencryptoki = opencryptoki
         # PostgreSQL's and the token's shared memory are in the same private folder.
         (opencryptoki.home / "shm").chmod(0o1777)
-        groups = Path("/etc/group").read_text().splitlines()
         self._group = opencryptoki.home / "group"
-        self._group.write_text("".join(f"{_with_member(line)}\n" for line in groups))
+        self.member(True)
         self.pid = 0
 
     def __enter__(self) -> TokenHost:
@@ -72,6 +71,11 @@ class TokenHost:
         os.close(self._commands)
         os.close(self._answers)
         os.waitpid(self.pid, 0)
+
+    def member(self, yes: bool) -> None:
+        """Have user postgres in group pkcs11, or not; the library reads the file at each start of its own."""
+        lines = (_with_member(line) if yes else line for line in Path("/etc/group").read_text().splitlines())
+        self._group.write_text("".join(f"{line}\n" for line in lines))
 
     def stop_daemon(self) -> None:
         """End pkcsslotd."""
