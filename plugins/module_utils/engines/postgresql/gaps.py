@@ -32,7 +32,7 @@ def covered(facts: Facts) -> bool:
 
 def sentences(facts: Facts) -> list[str]:
     """One sentence a gap, the widest first."""
-    return [*facts["problems"], *_places(facts), *_inside(facts), *_keyslots(facts), *_host(facts), *ALWAYS]
+    return [*facts["problems"], *_places(facts), *_inside(facts), *keyslot_gaps(facts), *host_gaps(facts), *ALWAYS]
 
 
 def _places(facts: Facts) -> t.Iterator[str]:
@@ -94,7 +94,8 @@ def _temporary_covered(facts: Facts, encrypted: t.Collection[str]) -> bool:
     return all(one["tablespace"] in encrypted for one in facts["databases"]) and bool(facts["databases"])
 
 
-def _keyslots(facts: Facts) -> t.Iterator[str]:
+def keyslot_gaps(facts: Facts) -> t.Iterator[str]:
+    """What the keyslots of our store leave to be wished for."""
     for key in facts["data_keys"]:
         names = sorted({slot["name"] for slot in key["keyslots"]})
         if len(names) == 1:
@@ -116,7 +117,8 @@ def _keyslots(facts: Facts) -> t.Iterator[str]:
             )
 
 
-def _host(facts: Facts) -> t.Iterator[str]:
+def host_gaps(facts: Facts) -> t.Iterator[str]:
+    """Where token, PIN and store lie together."""
     software = sorted(
         {token["label"] for token in facts["tokens"] if any(part in token["library"].lower() for part in _SOFTWARE)}
     )

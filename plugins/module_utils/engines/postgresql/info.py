@@ -32,7 +32,7 @@ Facts = t.Dict[str, t.Any]
 OURS, FOREIGN, DM_CRYPT, PLAIN, UNKNOWN = "ours", "unknown_key", "dm_crypt", "plain", "unknown"
 
 
-def _tried(problems: list[str], act: t.Callable[[], t.Any], otherwise: t.Any) -> t.Any:
+def tried(problems: list[str], act: t.Callable[[], t.Any], otherwise: t.Any) -> t.Any:
     """An answer; or, if it could not be had, ``otherwise`` and a sentence among the problems."""
     try:
         return act()
@@ -164,7 +164,8 @@ def _server(server: look.Server) -> Facts:
     }
 
 
-def _key(key: keyslots.Key, keks: t.Sequence[keyslots.Kek], today: datetime.date) -> Facts:
+def key_facts(key: keyslots.Key, today: datetime.date) -> Facts:
+    """A data key with its keyslots, as ``data_keys`` lists it."""
     return {
         "key_id": key.key_id,
         "check_value": key.check_value,
@@ -185,17 +186,32 @@ def _key(key: keyslots.Key, keks: t.Sequence[keyslots.Kek], today: datetime.date
     }
 
 
+def master_keys(keys: t.Sequence[keyslots.Key], keks: t.Sequence[keyslots.Kek], today: datetime.date) -> list[Facts]:
+    """The master keys that the host remembers, as ``master_keys`` lists them."""
+    return [
+        {
+            "label": kek.label,
+            "id": kek.id,
+            "token_label": kek.token.label,
+            "token_serial": kek.token.serial,
+            "age_days": keyslots.age(kek.label, kek.token, keys, keks, today),
+            "current": keyslots.in_use(kek, keys, keks),
+        }
+        for kek in keks
+    ]
+
+
 def collect(engine: Postgresql) -> Facts:
     """Everything; nothing is changed, nothing is needed but root."""
     problems: list[str] = []
     state, cluster, options, record = engine.request.state, engine.request.cluster, engine.options, engine.record
     today = datetime.datetime.now(datetime.timezone.utc).date()
     store = KeyStore(state, cluster)
-    keys: list[keyslots.Key] = _tried(problems, lambda: read_keys(store), [])
+    keys: list[keyslots.Key] = tried(problems, lambda: read_keys(store), [])
     for key in keys:
         if not key.last:
-            _tried(problems, functools.partial(store.refuse, key.key_id), None)
-    keks: list[keyslots.Kek] = _tried(problems, lambda: read_keks(Registry(state), cluster), [])
+            tried(problems, functools.partial(store.refuse, key.key_id), None)
+    keks: list[keyslots.Kek] = tried(problems, lambda: read_keks(Registry(state), cluster), [])
     identifiers = {key.check_value: key.key_id for key in keys}
     server = look_at_server(engine, options, problems)
     tablespaces = _tablespaces(server, identifiers, problems)
@@ -219,19 +235,9 @@ def collect(engine: Postgresql) -> Facts:
         "coverage": options.coverage if record else None,
         "pin_source": dict(record.pin_source) if record else None,
         "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
-        "master_keys": [
-            {
-                "label": kek.label,
-                "id": kek.id,
-                "token_label": kek.token.label,
-                "token_serial": kek.token.serial,
-                "age_days": keyslots.age(kek.label, kek.token, keys, keks, today),
-                "current": keyslots.in_use(kek, keys, keks),
-            }
-            for kek in keks
-        ],
-        "data_keys": [_key(key, keks, today) for key in keys],
-        "adopted": _tried(problems, store.adopted, []),
+        "master_keys": master_keys(keys, keks, today),
+        "data_keys": [key_facts(key, today) for key in keys],
+        "adopted": tried(problems, store.adopted, []),
         "places": places,
         "server": _server(server),
         "data_directory": data_directory,
@@ -240,7 +246,7 @@ def collect(engine: Postgresql) -> Facts:
         "databases": _databases(server.answer),
         "problems": problems,
     }
-    found["same_disk"] = _same_disk(engine, found)
+    found["same_disk"] = same_disk(state.path, found)
     found["gaps"] = gaps.sentences(found)
     found["encrypted"] = bool(data_directory) and not server.misplaced and gaps.covered(found)
     return found
@@ -256,12 +262,12 @@ def look_at_server(engine: Postgresql, options: Options, problems: list[str]) ->
         return look.server(engine.request.connection, bare)
 
 
-def _same_disk(engine: Postgresql, found: Facts) -> bool:
+def same_disk(state_directory: str, found: Facts) -> bool:
     """Whether the PIN's file and the store lie on one file system."""
     source = found["pin_source"] or {}
     if source.get("kind") != "file":
         return False
     try:
-        return os.stat(engine.request.state.path).st_dev == os.stat(source["path"]).st_dev
+        return os.stat(state_directory).st_dev == os.stat(source["path"]).st_dev
     except OSError:
         return False
