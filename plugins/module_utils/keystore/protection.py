@@ -72,7 +72,7 @@ class Protection(t.Protocol):
 
 
 #: What :func:`load` knows. A file may have keyslots of others, from a later version; they are passed over.
-NAMES = ("passphrase", "token")
+NAMES = ("kmip", "passphrase", "token")
 
 
 def load(name: str) -> Protection:
@@ -80,6 +80,10 @@ def load(name: str) -> Protection:
 
     :raises TdeError: ``invalid_option``.
     """
+    if name == "kmip":
+        from . import kmip
+
+        return kmip.PROTECTION
     if name == "passphrase":
         from . import passphrase
 

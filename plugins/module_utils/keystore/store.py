@@ -21,14 +21,29 @@ from ..pkcs11.registry import Registry
 from . import recorded
 from .format import DATA_KEY, Document, Identity, Keyslot, check_value
 from .keyfile import KeyFile
+from .kmip import TARGET as KMIP_TARGET
+from .kmip import KmipCredential, KmipSlot
 from .passphrase import PassphraseCredential, PassphraseSlot
 from .protection import Credential, Slot
 from .sealed import ADOPT, Opened, open_files
 from .token import TARGET, TokenCredential, TokenSlot
 
-__all__ = ["Credential", "DataKey", "KeyStore", "PassphraseCredential", "PassphraseSlot", "Slot", "TokenCredential", "TokenSlot"]
+__all__ = [
+    "Credential",
+    "DataKey",
+    "KeyStore",
+    "KmipCredential",
+    "KmipSlot",
+    "PassphraseCredential",
+    "PassphraseSlot",
+    "Slot",
+    "TokenCredential",
+    "TokenSlot",
+]
 
 _SUFFIX = ".json"
+#: The facts of all protections; a keyslot has None for those of others.
+_FACTS = dict.fromkeys((*TARGET, *KMIP_TARGET))
 
 
 class DataKey:
@@ -54,17 +69,14 @@ class DataKey:
 
 
 def keyslot_facts(slot: Keyslot) -> dict[str, t.Any]:
-    """What a keyslot tells without being opened; the facts of a token are None under another protection."""
+    """What a keyslot tells without being opened; the facts of a token or service are None under another protection."""
     facts = slot.facts()
-    return {**dict.fromkeys(TARGET), **facts.pop("target"), **facts, "state": "proved" if slot.proved else "new"}
+    return {**_FACTS, **facts.pop("target"), **facts, "state": "proved" if slot.proved else "new"}
 
 
 def document_facts(document: Document, verdict: str) -> dict[str, t.Any]:
     """What a wrapped-key file tells without being opened."""
-    past = [
-        {**dict.fromkeys(TARGET), **item["target"], **{k: v for k, v in item.items() if k != "target"}}
-        for item in document.history
-    ]
+    past = [{**_FACTS, **item["target"], **{k: v for k, v in item.items() if k != "target"}} for item in document.history]
     return {
         "key_id": document.identity.key_id,
         "length": document.length,
@@ -157,7 +169,8 @@ class KeyStore:
 
         Each: ``key_id``, ``length`` (bytes), ``created``, ``generation``, ``check_value``, ``keyslots`` (in the order in which
         they were added; each ``name``, ``uid``, ``protection``, ``created``, ``proved``, ``state`` new|proved, and ``token_label``,
-        ``token_serial``, ``kek_label``, ``kek_id``, ``kek_kcv``, None under a passphrase), ``history`` (the keyslots that it was
+        ``token_serial``, ``kmip_service``, ``kek_label``, ``kek_id``, ``kek_kcv``, ``kek_leaves_server``, None where the protection
+        has no such thing), ``history`` (the keyslots that it was
         once under, with ``removed``: an old copy of the file still opens with them), ``history_omitted``, and ``recorded``
         (the journal's verdict: same, pending, unknown, rolled_back, other).
 

@@ -38,6 +38,7 @@ _REFUSALS = (
     "CERTIFICATE_REQUIRED",
     "UNKNOWN_CA",
     "ACCESS_DENIED",
+    "DECRYPT_ERROR",  # its signature is not the authority's
     "HANDSHAKE_FAILURE",
 )
 
