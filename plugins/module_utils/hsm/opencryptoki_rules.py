@@ -65,7 +65,7 @@ EP11_VALUES: dict[str, Version] = {
 }
 PKEY_MODES = ("DISABLED", "DEFAULT", "ENABLE4NONEXTR", "ENABLE4EXTR", "ENABLE4ALL")
 #: ep11_specific.c: adapters and domains are 0 to 255.
-_MAX_APQN = 255
+MAX_APQN = 255
 _ALLOWLIST: Version = (3, 17)
 #: ccatok.conf: key and what it may be (cca_specific.c).
 CCA_VALUES: dict[str, tuple[Version, tuple[str, ...]]] = {
@@ -374,9 +374,9 @@ def _apqns(item: conf.Pairs, version: Version) -> list[Problem]:
         return [Problem(item.line, f"openCryptoki {_dotted(version)} calls it APQN_WHITELIST")]
     if len(item.words) % 2 or not item.words:
         return [Problem(item.line, f"{item.name} has pairs of adapter and domain, one or more")]
-    wrong = [word for word in item.words if not 0 <= (-1 if (value := conf.number(word)) is None else value) <= _MAX_APQN]
+    wrong = [word for word in item.words if not 0 <= (-1 if (value := conf.number(word)) is None else value) <= MAX_APQN]
     if wrong:
-        return [Problem(item.line, f"{wrong[0]!r} is no adapter or domain (0 to {_MAX_APQN})")]
+        return [Problem(item.line, f"{wrong[0]!r} is no adapter or domain (0 to {MAX_APQN})")]
     return []
 
 
