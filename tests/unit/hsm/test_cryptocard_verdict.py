@@ -374,6 +374,11 @@ def test_each_reason(tmp_path: Path, cards: dict[int, tree.Card], bus: dict[str,
     assert said in " ".join(verdict["reasons"])
 
 
+def test_where_no_queue_holds_the_expected_key_none_is_held_against_another(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path, two(tree.cca(tree.OTHER_AES), tree.cca(None)), CCA)
+    assert verdict["codes"] == ["master_key_other", "master_key_missing"]
+
+
 def test_a_card_is_blamed_once_for_all_its_queues(tmp_path: Path) -> None:
     cards = {0: tree.card("cca", {5: tree.queue(), 6: tree.queue()}, online="0")}
     facts = cryptocard.read(str(tree.build(tmp_path, tree.bus(), cards)))
