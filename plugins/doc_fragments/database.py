@@ -14,6 +14,10 @@ options:
     required: true
     choices:
       postgresql: Stock PostgreSQL on directories that the Linux kernel encrypts (fscrypt), each data key wrapped by the token.
+      keycommand: >-
+        Servers that ask a command for their key (EDB Postgres TDE, CYBERTEC PostgreSQL) or for the passphrase of their TLS key (any PostgreSQL).
+        The secret is wrapped by the token, and C(hsm-tde) answers as the server's own user.
+      fep: Fujitsu Enterprise Postgres, which encrypts tablespaces itself; its master key lies in a slot of openCryptoki, in a file or in any token.
   cluster:
     description:
       - Name of the cluster in the wrapped-key store, in the token's key labels and in the journal.
@@ -104,6 +108,108 @@ options:
         type: list
         elements: str
         default: ['--encoding=UTF8', '--locale=C.UTF-8']
+  keycommand:
+    description:
+      - Options of the engine V(keycommand).
+      - What a task leaves out is taken from the cluster's record on the target, once there is one.
+      - Everything with the token and the wrapped secret is done as O(keycommand.os_user), in a state directory of that user's beside
+        O(state_directory). With O(pin_source) of kind V(file) the PIN's file is that user's, mode 0400.
+    type: dict
+    suboptions:
+      kind:
+        description: What asks for the secret. Required the first time; it cannot change.
+        type: str
+        choices:
+          edb: EDB Postgres TDE. Its C(initdb) makes the key and has it wrapped to C(pg_encryption/key.bin) in O(keycommand.data_directory).
+          cybertec: CYBERTEC PostgreSQL (C(encryption_key_command)). The key is made here, O(keycommand.key_bits) long, and given as hex.
+          ssl_passphrase: The C(ssl_passphrase_command) of any PostgreSQL. The secret is the passphrase of the server's TLS key.
+          secret: Anything else that runs a command as its own user and reads a secret from its standard output.
+      os_user:
+        description: The operating system's user whom the server runs as; V(postgres) if it was never given.
+        type: str
+      data_directory:
+        description: The server's data directory. Required with O(keycommand.kind=edb); it need not exist yet.
+        type: path
+      command:
+        description: Where M(hsm.tde.tde_command) installed the command; V(/usr/local/sbin/hsm-tde) if it was never given.
+        type: path
+      secret:
+        description:
+          - The secret to be wrapped, in quotes, when there is none yet. Without it one is made by chance.
+          - A wrapped secret is never replaced; another one is reported by a warning.
+          - Not used with O(keycommand.kind=edb).
+        type: str
+      key_bits:
+        description: Bits of the data key, with V(edb) and V(cybertec); 256 if it was never given.
+        type: int
+        choices: [128, 192, 256]
+      adopt_master_key:
+        description:
+          - Take a key of the wished label that the token has already as the cluster's master key; for the further nodes of a cluster on a
+            shared HSM, each of which rotates its own copy of the wrapped secret. It must be AES, made in the token and never extractable.
+          - Without it such a key is an error.
+        type: bool
+  fep:
+    description:
+      - Options of the engine V(fep).
+      - What a task leaves out is taken from the cluster's record on the target, once there is one.
+      - The server's settings go to a file of their own, C(hsm-tde.conf) beside the keystore, which C(postgresql.conf) includes at its end. The
+        server is never restarted; a result says when it must be.
+    type: dict
+    suboptions:
+      keystore:
+        description:
+          - Where the master key lies; V(hsm) if it was never given.
+          - It cannot change once there is a master key. Such a change is not supported by Fujitsu.
+        type: str
+        choices:
+          hsm: In a slot of openCryptoki, by the library C(tde_z) (IBM Z and LinuxONE). The slot is that of the task's token.
+          file: In a file under a passphrase of 8 to 200 bytes.
+          plugin: In any PKCS#11 token, by the library C(tde_kms) and a custom plugin, which is the command C(hsm-tde).
+      keystore_location:
+        description:
+          - Folder of the keystore's files, outside of the data directory. Required with V(hsm) and V(file) the first time. It is made if it does not exist.
+        type: path
+      auto_open:
+        description:
+          - The server opens the keystore by itself at each start; false if it was never given.
+          - With V(hsm) the user PIN rests in C(hsm-tde.conf), mode 0600, and superusers of the database can read it with C(SHOW).
+          - With V(file) the server keeps an opened copy, C(keystore.aks), which opens on this host only.
+          - Without it, C(hsm-tde open) opens the keystore after each start, or an operator does; a recovery after a crash then
+            needs the passphrase or PIN at the start itself (C(pg_ctl --keystore-passphrase), C(pg_ctl -u)).
+        type: bool
+      data_directory:
+        description: The data directory. Required the first time.
+        type: path
+      bin_directory:
+        description: Folder of the server's programs. Required where one is run, with O(fep.create_cluster), or O(fep.auto_open) of a file.
+        type: path
+      os_user:
+        description: The operating system's user of the server; V(fsepuser) if it was never given.
+        type: str
+      create_cluster:
+        description: Create the database cluster with C(initdb) where there is none. The server is never started.
+        type: bool
+      initdb_options:
+        description: Further options of C(initdb); V(--encoding=UTF8) and V(--locale=C.UTF-8) if they were never given.
+        type: list
+        elements: str
+      tablespace_directory:
+        description: The folder above tablespaces that give no location.
+        type: path
+      plugin_directory:
+        description: With V(plugin), the folder of plugins (C(tde_kms.plugin_path)), in which the plugin is a link to O(fep.command). Required the first time.
+        type: path
+      command:
+        description: Where M(hsm.tde.tde_command) installed the command; V(/usr/local/sbin/hsm-tde) if it was never given.
+        type: path
+      kms_name:
+        description:
+          - With V(plugin), the name of the connection (C(hsm-tde-kms.conf)); V(hsm-tde) if it was never given. A rotation adds one of a new name.
+        type: str
+      key_id:
+        description: With V(plugin), label of the key in the token; V(hsm-tde.CLUSTER) if it was never given. It is made if it does not exist.
+        type: str
 requirements:
   - psycopg 3.1 or newer and cryptography on the target; the role P(hsm.tde.prerequisites#role) installs them
 extends_documentation_fragment:

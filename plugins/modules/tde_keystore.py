@@ -193,6 +193,19 @@ master_keys:
   elements: str
   sample:
     - hsm-tde.main in token demo
+parameters:
+  description: The server's parameters with the command lines to be configured. Nothing is written to the server's configuration.
+  returned: with O(engine=keycommand) and O(state=present)
+  type: dict
+  sample:
+    ssl_passphrase_command: /usr/local/sbin/hsm-tde unwrap --cluster main
+    ssl_passphrase_command_supports_reload: 'on'
+initdb_options:
+  description: The options with which the server's C(initdb) makes its encrypted data directory.
+  returned: with O(engine=keycommand) and O(state=present)
+  type: list
+  elements: str
+  sample: []
 start_required:
   description: Whether a cluster was created whose server does not run.
   returned: with O(state=present)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import typing as t
 
 from ..common.errors import TdeError
-from ..common.options import pkcs11_options
+from ..common.options import kmip_options, kmip_service_options, pkcs11_options
 
 if t.TYPE_CHECKING:
     from .base import Engine
 
 #: The engines by the name under which users choose them; the doc fragment has a sentence on each.
-ENGINES = ("postgresql",)
+ENGINES = ("postgresql", "keycommand", "fep", "mariadb")
 
 
 def load(name: str) -> type[Engine]:
@@ -26,6 +26,18 @@ def load(name: str) -> type[Engine]:
         from .postgresql.engine import Postgresql
 
         return Postgresql
+    if name == "keycommand":
+        from .keycommand.engine import Keycommand
+
+        return Keycommand
+    if name == "fep":
+        from .fep.engine import Fep
+
+        return Fep
+    if name == "mariadb":
+        from .mariadb.engine import MariaDb
+
+        return MariaDb
     raise TdeError("invalid_option", "is not an engine that this version knows", obj=f"engine {name!r}")
 
 
@@ -46,6 +58,51 @@ def postgresql_options() -> dict[str, t.Any]:
     }
 
 
+def keycommand_options() -> dict[str, t.Any]:
+    """The dictionary of the engine keycommand."""
+    return {
+        "kind": {"type": "str", "choices": ["edb", "cybertec", "ssl_passphrase", "secret"]},
+        "os_user": {"type": "str"},
+        "data_directory": {"type": "path"},
+        "command": {"type": "path"},
+        "secret": {"type": "str", "no_log": True},
+        "key_bits": {"type": "int", "choices": [128, 192, 256]},
+        "adopt_master_key": {"type": "bool", "no_log": False},
+    }
+
+
+def fep_options() -> dict[str, t.Any]:
+    """The dictionary of the engine fep."""
+    return {
+        "keystore": {"type": "str", "choices": ["hsm", "file", "plugin"], "no_log": False},
+        "keystore_location": {"type": "path", "no_log": False},
+        "auto_open": {"type": "bool"},
+        "data_directory": {"type": "path"},
+        "bin_directory": {"type": "path"},
+        "os_user": {"type": "str"},
+        "create_cluster": {"type": "bool"},
+        "initdb_options": {"type": "list", "elements": "str"},
+        "tablespace_directory": {"type": "path"},
+        "plugin_directory": {"type": "path"},
+        "command": {"type": "path"},
+        "kms_name": {"type": "str"},
+        "key_id": {"type": "str", "no_log": False},
+    }
+
+
+def mariadb_options() -> dict[str, t.Any]:
+    """The dictionary of the engine mariadb."""
+    return {
+        "data_directory": {"type": "path"},
+        "key_directory": {"type": "path", "no_log": False},
+        "include_directory": {"type": "path"},
+        "os_user": {"type": "str"},
+        "refuse_plain_tables": {"type": "bool"},
+        "encryption_threads": {"type": "int"},
+        "reencrypt": {"type": "bool", "default": False},
+    }
+
+
 def database_options() -> dict[str, t.Any]:
     """Options of every module of the action group ``hsm.tde.database`` (fragment ``hsm.tde.database``)."""
     return {
@@ -59,7 +116,11 @@ def database_options() -> dict[str, t.Any]:
         "login_db": {"type": "str", "default": "postgres"},
         "passphrase": {"type": "str", "no_log": True},
         "postgresql": {"type": "dict", "apply_defaults": True, "options": postgresql_options()},
+        "keycommand": {"type": "dict", "apply_defaults": True, "options": keycommand_options()},
+        "fep": {"type": "dict", "apply_defaults": True, "options": fep_options()},
+        "mariadb": {"type": "dict", "apply_defaults": True, "options": mariadb_options()},
         **pkcs11_options(),
+        **kmip_options(),
     }
 
 
@@ -71,12 +132,13 @@ def keyslots_option() -> dict[str, t.Any]:
         "no_log": False,
         "options": {
             "name": {"type": "str", "default": "primary"},
-            "protection": {"type": "str", "choices": ["token", "passphrase"], "default": "token"},
+            "protection": {"type": "str", "choices": ["token", "passphrase", "kmip"], "default": "token"},
             "passphrase": {"type": "str", "no_log": True},
             "token_label": {"type": "str", "no_log": False},
             "token_serial": {"type": "str", "no_log": False},
             "slot_id": {"type": "int"},
             "pin": {"type": "str", "no_log": True},
             "library": {"type": "path"},
+            "kmip": {"type": "dict", "options": kmip_service_options()},
         },
     }

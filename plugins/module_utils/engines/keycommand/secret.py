@@ -13,9 +13,10 @@ import os
 import stat
 import typing as t
 
+from ...common.errors import TdeError
 from ...common.state import StateDirectory
 from ...keystore import recorded
-from ...keystore.format import SECRET, Identity
+from ...keystore.format import FORMAT, SECRET, Document, Identity
 from ...keystore.keyfile import KeyFile
 from ...keystore.sealed import ADOPT, Judged
 from ...keystore.secretfile import SecretFile
@@ -25,6 +26,8 @@ EDB, CYBERTEC, SSL, PLAIN = "edb", "cybertec", "ssl_passphrase", "secret"
 KINDS = (EDB, CYBERTEC, SSL, PLAIN)
 #: Where EDB keeps the wrapped data key, below the data directory (EDB TDE manual, "Securing the data encryption key").
 _EDB_FILE = os.path.join("pg_encryption", "key.bin")
+#: A wrapped-key file says what it is within so many bytes.
+_HEAD = 64
 
 
 def travels(kind: str) -> bool:
@@ -47,6 +50,21 @@ class CarriedFile(KeyFile):
 
     # A data directory may be readable for its group (initdb --allow-group-access); the file is of no use without the token.
     forbidden_mode = 0o037
+
+    def exists(self) -> bool:
+        return os.path.lexists(self.path)
+
+    def decoded(self, path: str, raw: bytes) -> Document:
+        if FORMAT.encode() not in raw[:_HEAD]:
+            raise TdeError(
+                "file_foreign",
+                "was wrapped by another command, or not at all",
+                obj=path,
+                kept="It was not touched.",
+                next_step="Pipe what the former unwrap command gives into hsm-tde wrap --cluster NAME FILE.new, as the server's user, "
+                "see that hsm-tde unwrap gives the same, then rename it.",
+            )
+        return super().decoded(path, raw)
 
     def refuse(self, judged: Judged) -> None:
         """Take any generation: see the module."""

@@ -1,0 +1,232 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The engine keycommand: a server's key or passphrase, wrapped under a key in the token, given by ``hsm-tde`` when it asks.
+
+Root prepares what the server's user needs (``userside``); everything with a token or the user's store is done by a child
+that has become that user (``work``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import typing as t
+
+from ...common import plan as plans
+from ...common.errors import TdeError
+from ...common.journal import Journal
+from ...common.plan import Plan, Step
+from ...common.secret import Secret, secret_from_option
+from ...pkcs11.library import LibraryAccess
+from ...pkcs11.registry import Registry
+from ...pkcs11.token import TokenAccess, TokenSelector
+from .. import keyslots
+from .. import record as records
+from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, ProofWish, Request, SlotWish, TablespacesWish
+from ..userside import UserSide
+from .options import Options, complete
+from .work import Work, opens
+
+if t.TYPE_CHECKING:
+    from ...storage.proof import ProofTarget
+
+Facts = t.Dict[str, t.Any]
+
+#: A label and an id as a registry takes them from a child that ran as the user.
+_LABEL, _ID = re.compile(r"[A-Za-z0-9_.:-]{1,160}"), re.compile(r"(?:[0-9a-f]{2}){1,64}")
+
+
+class Keycommand(Engine):
+    """See the module."""
+
+    name = "keycommand"
+    refuses: t.ClassVar[t.Mapping[str, str]] = {
+        "close": "nothing is held open: the server asks the command at each start, and keeps the key in its own memory until it stops",
+        "tablespaces": "the server encrypts its whole data directory or nothing: that was decided when initdb made it",
+        "move": "the server encrypts its whole data directory or nothing: that was decided when initdb made it",
+        "proof": "the server encrypts its own pages, which no key of this collection opens: compare them with the server's own tools",
+    }
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self.record = records.read(request.state, request.cluster)
+        if self.record and self.record.engine != self.name:
+            raise TdeError(
+                "invalid_option",
+                f"is a cluster of engine {self.record.engine}",
+                obj=f"cluster {request.cluster}",
+                next_step="Name that engine.",
+            )
+        recorded = self.record.options if self.record else {}
+        self.options: Options = complete({key: value for key, value in request.options.items() if key != "secret"}, recorded)
+        self.given = secret_from_option("secret", request.options.get("secret"))
+
+    # --- what all services share
+
+    def side(self) -> UserSide:
+        """The command side of the cluster."""
+        return UserSide(self.request.state, self.request.cluster, self.options.user())
+
+    def own_request(self, side: UserSide) -> Request:
+        """The task's request on the user's own state directory."""
+        return dataclasses.replace(self.request, state=side.own, options=self.options.given)
+
+    def known(self) -> records.Record:
+        """The record of a cluster that must have one.
+
+        :raises TdeError: ``cluster_unknown``.
+        """
+        if self.record is None:
+            raise TdeError(
+                "cluster_unknown",
+                f"has no record in {self.request.state.path}",
+                obj=f"cluster {self.request.cluster}",
+                next_step="Make its keystore first (tde_keystore with state=present).",
+            )
+        return self.record
+
+    def _locked(self, check: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if check else self.request.state.locked()
+
+    def _work(
+        self, side: UserSide, wishes: t.Sequence[SlotWish], act: t.Callable[[Work], Facts], check: bool
+    ) -> tuple[Plan, Facts]:
+        """Work as the user: the steps, and what came of them."""
+        request = self.own_request(side)
+        facts = side.run(lambda: act(Work(request, self.options, wishes, given=self.given, check=check)))
+        steps = [Step(**step) for step in facts.pop("plan")]
+        if not check:
+            self._remember(side, steps, facts)
+        return steps, facts
+
+    def _remember(self, side: UserSide, steps: Plan, facts: Facts) -> None:
+        """Root's own memory of what was done as the user: who would destroy a key asks it."""
+        registry, journal = Registry(self.request.state), Journal(self.request.state.journal)
+        for token_label, serial, label, key_id in facts["keks"]:
+            if _LABEL.fullmatch(label) and _ID.fullmatch(key_id):
+                registry.remember_key(token_label, serial, label, key_id, "secret_key", self.request.cluster)
+        for step in steps:
+            journal.append(step.action, step.obj, cluster=self.request.cluster, as_user=side.user.pw_name)
+
+    def _outcome(self, steps: Plan, facts: Facts, before: records.Record | None, after: records.Record | None) -> Outcome:
+        shown = [
+            {**facts[when], "record": record.public() if record else None}
+            for when, record in (("before", before), ("after", after))
+        ]
+        return Outcome(steps, shown[0], shown[1], warnings=facts["warnings"])
+
+    # --- the services
+
+    def keystore(self, wish: KeystoreWish, *, check: bool) -> Outcome:
+        self.require({"present": "keystore", "open": "open", "closed": "close"}[wish.state])
+        if wish.state == "open":
+            return self._open(check)
+        with self._locked(check):
+            return self._present(wish, check)
+
+    def _present(self, wish: KeystoreWish, check: bool) -> Outcome:
+        side = self.side()
+        wishes = wish.slots if wish.slots is not None else (SlotWish("primary", keyslots.TOKEN, access=self.request.access),)
+        pin = self._pin(wishes)
+        before = self.record
+        first = [step for step in side.plan(records.Record("", ""), None) if step.action == "make_user_state"]
+        if not check:
+            plans.run(first, side.handlers(pin))
+        steps, facts = self._work(side, wishes, lambda work: work.keystore(wish), check)
+        # The record and the PIN come once they are known to be right.
+        record = self._recorded(wish, wishes, facts)
+        last = [step for step in side.plan(record, pin) if step.action != "make_user_state"]
+        if record != before:
+            path = self.request.state.cluster_record(self.request.cluster)
+            last.append(Step("write_record", path, "what this host must know of the cluster", {"record": record.public()}))
+        if not check:
+            plans.run(last, {**side.handlers(pin), "write_record": lambda step: records.write(self.request.state, record)})
+        outcome = self._outcome([*first, *steps, *last], facts, before, record)
+        parameters, initdb = self.options.lines(self.request.cluster)
+        outcome.facts = {
+            "cluster": self.request.cluster,
+            "data_keys": facts["data_keys"],
+            "master_keys": [f"{label} in token {token}" for token, dummy, label, dummy2 in facts["keks"]],
+            "parameters": parameters,
+            "initdb_options": initdb,
+            "start_required": False,
+        }
+        if record.pin_source.get("kind", "none") == "none":
+            outcome.warnings.append("No pin_source is set: the command has no PIN, and the server will not get its secret.")
+        return outcome
+
+    def _pin(self, wishes: t.Sequence[SlotWish]) -> Secret | None:
+        """The PIN that the command opens the token with: that of the keyslot ``primary``, else the task's."""
+        primary = next((wish.access for wish in wishes if wish.name == "primary"), None)
+        access = primary or self.request.access
+        return access.pin if access else None
+
+    def _recorded(self, wish: KeystoreWish, wishes: t.Sequence[SlotWish], facts: Facts) -> records.Record:
+        before = self.record or records.Record(self.request.cluster, self.name)
+        accesses: list[TokenAccess] = []
+        for access in [self.request.access, *(one.access for one in wishes)]:
+            if access:
+                accesses.append(access)
+        tokens: list[records.Token] = []
+        for access, (label, serial) in zip(accesses, facts["tokens"], strict=True):
+            token = records.Token(access.library.path, dict(access.library.environment), label, serial)
+            if token not in tokens:
+                tokens.append(token)
+        # The one of the keyslot primary comes first: new secrets go to it.
+        primary = next((one.access for one in wishes if one.name == "primary" and one.access), None)
+        if primary:
+            label, serial = facts["tokens"][accesses.index(primary)]
+            tokens.sort(key=lambda token: (token.label, token.serial) != (label, serial))
+        source = dict(before.pin_source)
+        if wish.pin_source is not None:
+            source = {name: value for name, value in wish.pin_source.items() if value is not None}
+        return dataclasses.replace(before, options=self.options.given, tokens=tuple(tokens) or before.tokens, pin_source=source)
+
+    def _open(self, check: bool) -> Outcome:
+        """Nothing is opened for a server that asks by itself; it is seen that the answer would be right."""
+        record, side = self.known(), self.side()
+        outcome = Outcome([], {}, {}, facts={"cluster": self.request.cluster})
+        if check:
+            return outcome
+        tokens = [
+            TokenAccess(LibraryAccess(one.library, one.environment), TokenSelector(label=one.label, serial=one.serial or None))
+            for one in record.tokens
+        ]
+        request = self.own_request(side)
+        if not side.run(lambda: opens(request, self.options, record.pin_source, tokens)):
+            outcome.warnings.append("There is no wrapped key yet: initdb makes it, with the options that tde_keystore returns.")
+        return outcome
+
+    def master_key(self, wish: MasterKeyWish, *, check: bool) -> Outcome:
+        with self._locked(check):
+            if not check:
+                self.known()
+            if self.request.access is None:
+                raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
+            side = self.side()
+            wishes = (SlotWish(wish.keyslot, keyslots.TOKEN, access=self.request.access),)
+            steps, facts = self._work(side, wishes, lambda work: work.master_key(wish), check)
+            outcome = self._outcome(steps, facts, self.record, self.record)
+            outcome.facts = {
+                "cluster": self.request.cluster,
+                "master_key": facts["master_key"],
+                "age_days": facts["age_days"],
+                "data_keys": facts["data_keys"],
+                "restart_required": False,
+            }
+            return outcome
+
+    def tablespaces(self, wish: TablespacesWish, *, check: bool) -> Outcome:
+        raise self._refusal("tablespaces")
+
+    def info(self) -> Facts:
+        from .info import collect
+
+        return collect(self)
+
+    def proof_targets(self, wish: ProofWish) -> list[ProofTarget]:
+        raise self._refusal("proof")
+
+    def _refusal(self, capability: str) -> TdeError:
+        return TdeError("engine_unsupported", self.refuses[capability], obj=f"engine {self.name}")

@@ -1,0 +1,91 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What can be told of a cluster whose server asks a command for its secret, and what is weak about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing as t
+
+from ...common.errors import TdeError
+from ..postgresql.gaps import host_gaps, keyslot_gaps
+from ..postgresql.info import same_disk
+from ..postgresql.server import postmaster
+from .secret import CYBERTEC, EDB, SSL
+from .work import describe
+
+if t.TYPE_CHECKING:
+    from .engine import Keycommand
+
+Facts = t.Dict[str, t.Any]
+
+#: What each kind of secret does not protect.
+_KINDS = {
+    EDB: "Whether the server encrypts its pages is for the server to say: SELECT data_encryption_version FROM pg_control_init().",
+    CYBERTEC: "Whether the server encrypts its pages is for the server to say: SHOW data_encryption.",
+    SSL: "The secret opens the server's TLS key; data on the disk is in the clear.",
+}
+
+
+def collect(engine: Keycommand) -> Facts:
+    """Everything; nothing is changed, and the user's store is read as the user."""
+    record, options, cluster = engine.record, engine.options, engine.request.cluster
+    problems: list[str] = []
+    inner: Facts = {"secret": "", "data_keys": [], "master_keys": [], "adopted": []}
+    try:
+        side = engine.side()
+        inner = side.run(lambda: describe(side.own, cluster, options))
+    except TdeError as exc:
+        problems.append(f"{exc.obj}: {exc.message}" if exc.obj else exc.message)
+    running = postmaster(options.data_directory) if options.data_directory else None
+    source = dict(record.pin_source) if record else None
+    found: Facts = {
+        "cluster": cluster,
+        "engine": engine.name,
+        "managed": record is not None,
+        "encrypted": False,
+        "coverage": options.kind if record else None,
+        "pin_source": source,
+        "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
+        "data_keys": inner["data_keys"],
+        "master_keys": inner["master_keys"],
+        "adopted": inner["adopted"],
+        "places": [],
+        "server": {
+            "address": running.socket if running else None,
+            "running": running is not None,
+            "pid": running.pid if running else None,
+            "data_directory": options.data_directory,
+            "answers": False,
+            "problem": None,
+            "error_code": None,
+            "version": None,
+            "standby": None,
+            "standbys_attached": None,
+            "settings": {},
+        },
+        "data_directory": None,
+        "elsewhere": [],
+        "tablespaces": [],
+        "databases": [],
+        "problems": problems,
+    }
+    found["same_disk"] = same_disk(engine.request.state.users, found)
+    found["gaps"] = list(_gaps(found, options.kind, options.os_user))
+    return found
+
+
+def _gaps(found: Facts, kind: str, user: str) -> t.Iterator[str]:
+    """The sentences; pure."""
+    if not found["managed"]:
+        yield "This host has no record of the cluster: nothing tells where its server has its key from."
+        return
+    if not found["data_keys"]:
+        yield "There is no wrapped secret yet: the server would not get one."
+    if kind in _KINDS:
+        yield _KINDS[kind]
+    yield from keyslot_gaps(found)
+    yield from host_gaps(found)
+    yield f"Who acts as user {user} gets the secret without any further credential, and so does the server's superuser: the command answers that user."
+    if (found["pin_source"] or {}).get("kind", "none") == "none":
+        yield "No PIN source is set: the command gives nothing to the server."

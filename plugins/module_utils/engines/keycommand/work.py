@@ -1,0 +1,294 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What is done as the database's own user: the master key in the token, the wrapped secret, its keyslots.
+
+Everything here runs in a child that has become this user, on the user's own state directory, and gives plain data
+back. The decisions are those of ``keyslots``, the acts those of ``keyring``; a secret counts as the cluster's one data key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import secrets
+import string
+import typing as t
+
+from ...common import plan as plans
+from ...common.errors import TdeError
+from ...common.files import make_private_directory
+from ...common.journal import Journal
+from ...common.plan import Plan, Step
+from ...common.secret import Secret
+from ...common.state import StateDirectory
+from ...keystore.keyfile import KeyFile
+from ...keystore.sealed import ADOPT, Opened
+from ...keystore.secretfile import SecretFile
+from ...keystore.store import Credential, DataKey, KeyStore
+from ...keystore.store import Slot as StoreSlot
+from ...pkcs11.envelope import COMPANION, check_fit
+from ...pkcs11.keys import find
+from ...pkcs11.registry import Registry
+from ...pkcs11.resting import resting_pins
+from ...pkcs11.token import TokenAccess, open_session
+from .. import keyslots
+from ..base import KeystoreWish, MasterKeyWish, Request, SlotWish
+from ..keyring import Keyring, read_keks, read_keys
+from ..postgresql import public
+from ..postgresql.info import key_facts, master_keys
+from .options import GENERATED, Options
+from .secret import CYBERTEC, secret_file, secret_path, travels
+
+Facts = t.Dict[str, t.Any]
+Handlers = t.Dict[str, t.Callable[[Step], None]]
+
+_LETTERS = string.ascii_letters + string.digits
+
+
+class SecretStore(KeyStore):
+    """A store whose only data key is the cluster's wrapped secret, wherever the server wants it.
+
+    :param make: gives the secret when there is none yet.
+    """
+
+    def __init__(self, own: StateDirectory, cluster: str, options: Options, make: t.Callable[[], Secret]) -> None:
+        super().__init__(own, cluster)
+        self.options = options
+        self._make = make
+        self.secret: SecretFile = secret_file(
+            own, secret_path(options.given, own, cluster), cluster, carried=travels(options.kind)
+        )
+
+    def file(self, key_id: str) -> KeyFile:
+        return self.secret.file
+
+    def exists(self) -> bool:
+        return self.state.exists()
+
+    def key_ids(self) -> list[str]:
+        return [self.cluster] if self.secret.file.exists() else []
+
+    def create_key(
+        self, key_id: str, length: int, slots: t.Sequence[StoreSlot], check: t.Callable[[bytes], str] | None = None
+    ) -> DataKey:
+        make_private_directory(os.path.dirname(self.secret.path))
+        self.secret.create(self._make(), slots)
+        return DataKey(self.open([slots[0]])[0])
+
+    def open(self, credentials: t.Sequence[Credential]) -> tuple[Opened, Secret]:
+        """The file and the secret in it."""
+        return self.secret.open(credentials)
+
+    def taken(self) -> bool:
+        """Whether the file was taken as it was found once, by this user."""
+        return any(entry["action"] == ADOPT and entry["key"] == self.cluster for entry in Journal(self.state.journal).entries())
+
+
+class Work:
+    """One task's work as the user.
+
+    :param request: the task's, with the user's own state directory.
+    :param given: the secret as the task gives it; None to make one.
+    :param check: only decide.
+    """
+
+    def __init__(
+        self, request: Request, options: Options, wishes: t.Sequence[SlotWish], *, given: Secret | None, check: bool
+    ) -> None:
+        self.request = request
+        self.options = options
+        self.check = check
+        self.ring = Keyring(request, wishes, length=0, check=lambda key: "", dry=check)
+        self.store = SecretStore(request.state, request.cluster, options, lambda: given or _generated(options))
+        self.ring.store = self.store
+        self.given = given
+
+    @property
+    def _obj(self) -> str:
+        return f"secret of cluster {self.request.cluster}"
+
+    # --- the services
+
+    def keystore(self, wish: KeystoreWish) -> Facts:
+        """Master key, secret and keyslots as wished."""
+        update = wish.slots is not None and wish.update
+
+        def decide() -> Plan:
+            ring = self.ring
+            if update:
+                ring.probe(ring.keys)
+            wanted = ring.wanted()
+            later: Plan = []
+            if update:
+                later = keyslots.change(ring.keys, wanted, exclusive=wish.exclusive, no_recovery=wish.no_recovery)
+            if not ring.keys and not travels(self.options.kind):
+                if self.options.kind == CYBERTEC:
+                    keyslots.demand_recovery(wanted, wish.no_recovery, self._obj)
+                names = [one.name for one in wanted]
+                data = {"key_id": self.request.cluster, "slots": names}
+                later.append(Step("create_data_key", self._obj, f"under keyslots {', '.join(names)}", data))
+            return keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
+
+        facts = self._rounds(decide, self._act)
+        there = self.ring.keys and not self.check and not facts["plan"]
+        if there and self.given is not None and self.store.open(self.ring.credentials())[1] != self.given:
+            facts["warnings"].append(f"{self._obj}: it is another than the one given, and was left.")
+        return facts
+
+    def master_key(self, wish: MasterKeyWish) -> Facts:
+        """The master key of the wish, the secret under it."""
+        access = t.cast(TokenAccess, self.request.access)
+        rotated = wish.state == "rotated"
+        today = datetime.datetime.now(datetime.timezone.utc).date()
+        token = self.ring.token(access)
+
+        def decide() -> Plan:
+            return keyslots.rotate(
+                self.request.cluster,
+                self.ring.keys,
+                self.ring.keks,
+                slot=wish.keyslot,
+                token=token,
+                tag=wish.tag if rotated else None,
+                max_age=wish.max_age if rotated else None,
+                today=today,
+            )
+
+        def act(steps: Plan) -> None:
+            def note(result: str) -> None:
+                if rotated:
+                    self.ring.journal.append(
+                        "rotate_master_key",
+                        f"keyslot {wish.keyslot} in token {token.label}",
+                        result=result,
+                        cluster=self.request.cluster,
+                        tag=wish.tag,
+                        max_age=wish.max_age,
+                    )
+
+            self.ring.ready(steps)
+            note("begun")
+            self._run(steps)
+            note("done")
+
+        facts = self._rounds(decide, act)
+        current = keyslots.current_label(self.request.cluster, token, self.ring.keys, self.ring.keks)
+        facts["master_key"] = current
+        facts["age_days"] = keyslots.age(current, token, self.ring.keys, self.ring.keks, today)
+        return facts
+
+    # --- looking and acting
+
+    def _rounds(self, decide: t.Callable[[], Plan], act: t.Callable[[Plan], None]) -> Facts:
+        ring = self.ring
+        ring.look()
+        ring.log_in(ring.wanted())
+        before = public.facts(ring.keys, ring.keks, [], None)
+        steps = self._adopting(decide())
+        if steps and not self.check:
+            with self.request.state.locked(wait_seconds=10):
+                act(steps)
+            ring.look()
+            left = self._adopting(decide())
+            if left:
+                raise TdeError(
+                    "unfinished",
+                    f"there is still to do: {left[0].obj} ({left[0].action})",
+                    obj=f"cluster {self.request.cluster}",
+                    kept="What was done stays done.",
+                )
+        after = public.expected(before, steps) if self.check else public.facts(ring.keys, ring.keks, [], None)
+        return {
+            "plan": [dataclasses.asdict(step) for step in steps],
+            "before": before,
+            "after": after,
+            "warnings": ring.warnings,
+            "tokens": [[one.label, one.serial] for one in ring.recorded_tokens()],
+            "keks": [[kek.token.label, kek.token.serial, kek.label, kek.id] for kek in ring.keks],
+            "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
+        }
+
+    def _act(self, steps: Plan) -> None:
+        self.ring.ready(steps)
+        self._run(steps)
+
+    def _run(self, steps: Plan) -> None:
+        plans.run(steps, {**self.ring.handlers(), "adopt_kek": self._adopt})
+
+    def _adopting(self, steps: Plan) -> Plan:
+        """A plan with the master keys that another node of the cluster made already taken as they are, where that is wished."""
+        if not self.options.adopt_master_key:
+            return steps
+        found: Plan = []
+        for step in steps:
+            access = self.ring.wish(step.data["name"]).access if step.action == "create_kek" else None
+            if access and access.pin:
+                with open_session(access, self.request.state) as session:
+                    there = find(session, step.data["kek_label"], cls="secret")
+                if there:
+                    step = Step("adopt_kek", step.obj, "another node of the cluster made it", step.data)
+            found.append(step)
+        return found
+
+    def _adopt(self, step: Step) -> None:
+        access, label = t.cast(TokenAccess, self.ring.wish(step.data["name"]).access), step.data["kek_label"]
+        ring = self.ring
+        with open_session(access, self.request.state) as session:
+            there = find(session, label, cls="secret")
+            obj = f"master key {label} in {session.token}"
+            if len(there) != 1 or there[0].type != "aes":
+                raise TdeError("key_ambiguous", f"{len(there)} keys have this label", obj=obj)
+            check_fit(there[0], obj)
+            if any(there[0].flags.get(name) is False for name in ("local", "always_sensitive", "never_extractable")):
+                raise TdeError("kek_unfit", "was not generated in the token, or could be read once", obj=obj)
+            info = session.token
+            ring.registry.remember_token(info.label, info.serial, access.library.path)
+            for key in (*there, *find(session, label + COMPANION, id=there[0].id, cls="secret")):
+                ring.registry.remember_key(
+                    info.label, info.serial, key.label, key.id.hex(), f"{key.cls}_key", self.request.cluster
+                )
+            ring.journal.append(
+                "adopt_kek", obj, cluster=self.request.cluster, key=label, key_id=there[0].id.hex(),
+                token_label=info.label, token_serial=info.serial,
+            )  # fmt: skip
+        ring.keks = read_keks(ring.registry, self.request.cluster)
+
+
+def _generated(options: Options) -> Secret:
+    if options.kind == CYBERTEC:
+        return Secret(secrets.token_bytes(options.key_bits // 8).hex())
+    return Secret("".join(secrets.choice(_LETTERS) for dummy in range(GENERATED)))
+
+
+def opens(request: Request, options: Options, source: t.Mapping[str, str], tokens: t.Sequence[TokenAccess]) -> bool:
+    """Whether the server's command would get the secret: opened once, given to nobody.
+
+    :param source: the record's source of the PIN, used where the task gives none.
+    :param tokens: how the record reaches the tokens, without PINs.
+    :returns: False if there is nothing to open yet.
+    """
+    from ...keystore.store import TokenCredential
+
+    store = SecretStore(request.state, request.cluster, options, lambda: _generated(options))
+    if not store.key_ids():
+        return False
+    accesses = [request.access] if request.access and request.access.pin else []
+    if not accesses and source.get("kind") == "file":
+        pin = resting_pins(source["path"])[0]
+        accesses = [dataclasses.replace(access, pin=pin) for access in tokens]
+    store.open([TokenCredential(access) for access in accesses])
+    return True
+
+
+def describe(own: StateDirectory, cluster: str, options: Options) -> Facts:
+    """What can be told of the secret and its master keys without a credential, as ``tde_info`` returns it."""
+    store = SecretStore(own, cluster, options, lambda: _generated(options))
+    registry, today = Registry(own), datetime.datetime.now(datetime.timezone.utc).date()
+    keys, keks = read_keys(store) if store.exists() else [], read_keks(registry, cluster)
+    return {
+        "secret": store.secret.path,
+        "data_keys": [key_facts(key, today) for key in keys],
+        "master_keys": master_keys(keys, keks, today),
+        "adopted": [cluster] if store.taken() else [],
+    }

@@ -1,0 +1,229 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""A stock PostgreSQL whose TLS key needs a passphrase that only the token can open (``ssl_passphrase_command``)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+import typing as t
+
+import pytest
+from ansible_collections.hsm.tde.tests.integration import postgres, support
+from ansible_collections.hsm.tde.tests.integration.userhost import UserHost
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not support.softhsm_library() or not postgres.programs(), reason="needs root, SoftHSM and PostgreSQL"
+)
+
+RECOVERY = "kept off the host 4711"
+
+
+class TlsHost:
+    """A host with a server that is to speak TLS."""
+
+    def __init__(self, host: UserHost, server: postgres.Server) -> None:
+        self.host, self.server = host, server
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            self.port = one.getsockname()[1]
+
+    def module(self, name: str, *, check: bool = False, pin: str = "", **options: t.Any) -> dict[str, t.Any]:
+        engine = {"kind": "ssl_passphrase", "command": str(self.host.command), **options.pop("keycommand", {})}
+        args = {
+            "engine": "keycommand", "cluster": "main", "state_directory": self.host.state.path, "keycommand": engine,
+            **self.host.softhsm.options(token_label="demo", pin=pin or self.host.softhsm.pin), **options,
+        }  # fmt: skip
+        return support.run_module(name, args, check=check)
+
+    def keystore(self, **options: t.Any) -> dict[str, t.Any]:
+        slots = [{"name": "primary"}, {"name": "recovery", "protection": "passphrase", "passphrase": RECOVERY}]
+        return self.module(
+            "tde_keystore", **{"keyslots": slots, "pin_source": {"kind": "file", "path": str(self.host.pin_file)}, **options}
+        )
+
+    def certificate(self) -> None:
+        """A TLS key under the wrapped passphrase, made as the server's user from the command's output."""
+        data = self.server.data
+        script = (
+            f"umask 077; cd {data}; openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=db -days 2 -keyout plain.key -out server.crt 2>/dev/null"
+            f" && {self.host.command} unwrap --cluster main | openssl pkcs8 -topk8 -in plain.key -out server.key -passout stdin"
+            " && rm plain.key"
+        )
+        postgres.as_postgres("sh", "-ec", script)
+
+    def configure(self, parameters: t.Mapping[str, str]) -> None:
+        with (self.server.data / "postgresql.conf").open("a") as handle:
+            handle.write("\nssl = on\n" + "".join(f"{name} = '{value}'\n" for name, value in parameters.items()))
+
+    def tls(self) -> str:
+        """What the server answers to a connection over TLS only."""
+        return subprocess.run(
+            [f"{self.server.bin}/psql", "-XAtq", f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres sslmode=require"],
+            input="SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", capture_output=True, text=True, timeout=30, check=False,
+        ).stdout.strip()  # fmt: skip
+
+    def last_act(self) -> str:
+        """The newest act in the user's journal."""
+        return (self.host.home / "state.users/state" / postgres.USER / "journal.jsonl").read_text().splitlines()[-1]
+
+    def log(self) -> str:
+        return (self.server.log / "server.log").read_text()
+
+    def start(self) -> bool:
+        """Start it, on TCP too; whether it came up."""
+        log = self.server.log / "server.log"
+        log.unlink(missing_ok=True)
+        options = f"-k {self.server.socket} -c listen_addresses=127.0.0.1 -c shared_buffers=16MB"
+        argv = [
+            f"{self.server.bin}/pg_ctl",
+            "-D",
+            str(self.server.data),
+            "-w",
+            "-t",
+            "30",
+            "-l",
+            str(log),
+            "-o",
+            options,
+            "start",
+        ]
+        return postgres.as_postgres(*argv, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def tls() -> t.Iterator[TlsHost]:
+    with postgres.folder() as home, postgres.server(home, start=False) as server:
+        made = TlsHost(UserHost(home), server)
+        result = made.keystore()
+        assert not result.get("failed"), result
+        made.certificate()
+        made.configure(result["parameters"])
+        with (server.data / "postgresql.conf").open("a") as handle:
+            handle.write(f"port = {made.port}\nfsync = off\nlogging_collector = off\n")
+        (server.data / "pg_hba.conf").write_text("local all all trust\nhostssl all all 127.0.0.1/32 trust\n")
+        yield made
+
+
+@pytest.fixture
+def stopped(tls: TlsHost) -> t.Iterator[TlsHost]:
+    """The server down; the user's state and the tokens are put back after the test."""
+    host = tls.host
+    kept = host.home / "kept"
+    kept.mkdir()
+    places = (host.softhsm.tokendir, host.home / "state.users", host.home / "state")
+    for number, place in enumerate(places):
+        subprocess.run(["cp", "-a", str(place), str(kept / str(number))], check=True)
+    try:
+        yield tls
+    finally:
+        tls.server.stop()
+        for number, place in enumerate(places):
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.move(kept / str(number), place)
+        kept.rmdir()
+        tls.keystore()
+
+
+def test_it_starts_with_a_key_that_only_the_token_opens_and_a_second_run_changes_nothing(stopped: TlsHost) -> None:
+    assert "ENCRYPTED" in (stopped.server.data / "server.key").read_text()
+    assert stopped.start(), stopped.log()
+    assert stopped.tls() == "t"
+    for again in (stopped.keystore(), stopped.module("tde_keystore", state="open"), stopped.module("tde_master_key")):
+        assert (again.get("failed"), again["changed"]) == (None, False), again
+    closed = stopped.module("tde_keystore", state="closed")
+    assert (closed["failed"], closed["error_code"]) == (True, "engine_unsupported")
+    # A reload reads the key anew, with the command.
+    postgres.as_postgres(f"{stopped.server.bin}/pg_ctl", "-D", str(stopped.server.data), "reload")
+    deadline = time.monotonic() + 15
+    while "unwrap_secret" not in stopped.last_act():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert stopped.tls() == "t"
+    assert "not reloaded" not in stopped.log()
+
+
+def test_the_master_key_is_rotated_and_the_server_starts_on_the_new_one(stopped: TlsHost) -> None:
+    planned = stopped.module("tde_master_key", state="rotated", tag="2", check=True)
+    assert planned["changed"]
+    rotated = stopped.module("tde_master_key", state="rotated", tag="2")
+    assert rotated["master_key"] == "hsm-tde.main.2", rotated
+    assert [step["action"] for step in rotated["plan"]] == [step["action"] for step in planned["plan"]]
+    assert rotated["data_keys"]["main"]["keyslots"]["primary"] == "hsm-tde.main.2 in token demo"
+    assert stopped.start(), stopped.log()
+    assert stopped.tls() == "t"
+    again = stopped.module("tde_master_key", state="rotated", tag="2")
+    assert not again["changed"], again
+    info = stopped.module("tde_info")
+    assert [(key["label"], key["current"]) for key in info["master_keys"]] == [("hsm-tde.main", False), ("hsm-tde.main.2", True)]
+    assert any("was once under hsm-tde.main in token demo" in gap for gap in info["gaps"])
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("absent", "token_unreachable"),
+        ("other", "token_unreachable"),
+        ("wrong_pin", "pin_refused"),
+        ("no_pin", "file_absent"),
+        ("open_pin", "file_not_private"),
+        ("damaged", "keystore_"),
+    ],
+)
+def test_without_the_right_token_the_server_says_why_it_does_not_start(stopped: TlsHost, how: str, says: str) -> None:
+    host = stopped.host
+    if how in ("absent", "other"):
+        shutil.rmtree(host.softhsm.tokendir)
+        host.softhsm.tokendir.mkdir()
+        if how == "other":
+            # Another token of the same name in its place.
+            host.softhsm.add_token("demo")
+        host.give(host.softhsm.tokendir)
+    elif how == "wrong_pin":
+        host.pin_file.write_text("wrong-4711\n")
+    elif how == "no_pin":
+        host.pin_file.unlink()
+    elif how == "open_pin":
+        host.pin_file.chmod(0o444)
+    else:
+        secret = next((host.home / "state.users").rglob("secret.json"))
+        secret.write_text(secret.read_text().replace('"ciphertext": "', '"ciphertext": "AAAA', 1))
+    try:
+        assert not stopped.start()
+        ours = [line for line in stopped.log().splitlines() if line.startswith("hsm-tde: ")]
+        assert len(ours) == 1, stopped.log()
+        assert says in ours[0]
+        for secret_text in ("wrong-4711", host.softhsm.pin, RECOVERY):
+            assert secret_text not in stopped.log()
+    finally:
+        host.pin_file.unlink(missing_ok=True)
+
+
+def test_the_recovery_passphrase_gives_the_secret_without_the_token(stopped: TlsHost) -> None:
+    right = stopped.host.run("unwrap", "--cluster", "main").stdout
+    shutil.rmtree(stopped.host.softhsm.tokendir)
+    reader, writer = os.pipe()
+    os.write(writer, RECOVERY.encode())
+    os.close(writer)
+    user = stopped.host.user
+    done = subprocess.run(
+        [str(stopped.host.command), "unwrap", "--cluster", "main", "--passphrase-fd", str(reader)],
+        capture_output=True, timeout=30, check=False, env={}, pass_fds=[reader], user=user.pw_uid, group=user.pw_gid, extra_groups=[],
+    )  # fmt: skip
+    os.close(reader)
+    assert (done.returncode, done.stdout) == (0, right), done.stderr
+    assert len(right) == 32
+
+
+def test_nothing_secret_is_printed_or_kept_in_the_clear(tls: TlsHost) -> None:
+    secret = tls.host.run("unwrap", "--cluster", "main").stdout
+    texts = [repr(tls.keystore()), repr(tls.module("tde_info")), repr(tls.module("tde_keystore", state="open"))]
+    kept = [
+        path.read_bytes() for folder in ("state", "state.users") for path in (tls.host.home / folder).rglob("*") if path.is_file()
+    ]
+    for one in (secret, tls.host.softhsm.pin.encode(), RECOVERY.encode()):
+        assert all(one.decode() not in text for text in texts)
+        assert all(one not in content for content in kept)
