@@ -160,10 +160,11 @@ def test_a_crash_closes_the_keystore(opened: FepServer) -> None:
     assert opened.is_open()
     backend = opened.popen("psql", "-X", "-d", "postgres", "-Atc", "SELECT pg_backend_pid()", "-c", "SELECT pg_sleep(60)")
     assert backend.stdout
+    before = len(opened.said())
     os.kill(int(backend.stdout.readline()), 9)
     backend.communicate()
     deadline = time.monotonic() + 10
-    while opened.psql("SELECT 1", check=False) != "1":
+    while "reinitializing" not in opened.said()[before:] or opened.psql("SELECT 1", check=False) != "1":
         assert time.monotonic() < deadline, "the server did not come back"
         time.sleep(0.05)
     assert not opened.is_open()
