@@ -18,6 +18,9 @@ options:
         Servers that ask a command for their key (EDB Postgres TDE, CYBERTEC PostgreSQL) or for the passphrase of their TLS key (any PostgreSQL).
         The secret is wrapped by the token, and C(hsm-tde) answers as the server's own user.
       fep: Fujitsu Enterprise Postgres, which encrypts tablespaces itself; its master key lies in a slot of openCryptoki, in a file or in any token.
+      mariadb: >-
+        MariaDB, whose server encrypts tables, logs and temporary files itself (file_key_management). Its keys are wrapped by the token and
+        reach it in memory only.
   cluster:
     description:
       - Name of the cluster in the wrapped-key store, in the token's key labels and in the journal.
@@ -33,16 +36,19 @@ options:
     description: Port of the database server. Without it the running server's own, or the engine's default.
     type: int
   login_unix_socket:
-    description: Folder of the server's socket. Without it the running server's own, or the engine's default.
+    description: >-
+      Folder of the server's socket, with V(mariadb) the socket itself or its folder. Without it the running server's own, or the engine's default.
     type: path
   login_user:
-    description: The database role. Without it the one with the name of the operating system's user. It must be a superuser to change anything.
+    description:
+      - The database role. Without it the one with the name of the operating system's user, with V(mariadb) the account V(root).
+      - It must be a superuser to change anything.
     type: str
   login_password:
     description: Its password, in quotes. Not needed on the local socket.
     type: str
   login_db:
-    description: The database to connect to.
+    description: The database to connect to. Not used with V(mariadb), whose connections need none.
     type: str
     default: postgres
   passphrase:
@@ -210,8 +216,54 @@ options:
       key_id:
         description: With V(plugin), label of the key in the token; V(hsm-tde.CLUSTER) if it was never given. It is made if it does not exist.
         type: str
+  mariadb:
+    description:
+      - Options of the engine V(mariadb). What a task leaves out is taken from the cluster's record on the target, once there is one.
+      - "The store holds one data key for each number of a key of the server: C(key.1.system) for redo log, binary logs and the system
+        tablespace, C(key.2.temporary) for temporary files, and one for each tablespace, at first C(key.3.default)."
+      - A tablespace is here a name for a key and the tables that are under it. Each table keeps the file that it has; one that no tablespace
+        was named for belongs to V(default). Neither location nor owner can be given, a schema is a database, and tables are named
+        C(DATABASE.TABLE).
+      - With M(hsm.tde.tde_keystore) and O(state=open) the keys are written to a file system in memory that is never swapped out, and
+        an include file tells the server to encrypt. Its next start needs the keys; with a wrong or missing one it does not start.
+      - The server reads keys when it starts only. After a new one, results say RV(restart_required), and the same task, run again
+        after the restart, goes on.
+      - Tables are built anew while others read and write them, one at a time. With a full-text index others can only read meanwhile. The binary
+        log does not get it, since each replica has keys of its own, under the same numbers; change replicas first.
+    type: dict
+    suboptions:
+      data_directory:
+        description: The data directory. Without it that of the server which answers.
+        type: path
+      key_directory:
+        description:
+          - Where the file system in memory is mounted, a folder of root's own. C(/run/hsm-tde/CLUSTER) if it was never given.
+        type: path
+      include_directory:
+        description:
+          - Where the server reads include files from. C(/etc/mysql/mariadb.conf.d) or C(/etc/my.cnf.d) if it was never given.
+          - The file written there is C(zz-hsm-tde.cnf). It holds no secret.
+        type: path
+      os_user:
+        description: The operating system's user of the server. V(mysql) if it was never given.
+        type: str
+      refuse_plain_tables:
+        description: Whether nobody can make a table that is not encrypted (C(innodb_encrypt_tables=FORCE)). V(true) if it was never given.
+        type: bool
+      encryption_threads:
+        description:
+          - How many of the server's threads encrypt, in the background, what is there, the system tablespace with it. 4 if it was never given.
+        type: int
+      reencrypt:
+        description:
+          - With M(hsm.tde.tde_master_key) and O(state=rotated), rotate the data keys, too. Each tablespace gets a new key, which needs a restart,
+            and then each of its tables is built anew under it. Only this revokes what an old copy of the store opens.
+          - The former keys stay in the store for backups. Keys 1 and 2 cannot be replaced.
+          - Every keyslot of the data keys needs its credential in the task (O(passphrase), O(pin)).
+        type: bool
+        default: false
 requirements:
-  - psycopg 3.1 or newer and cryptography on the target; the role P(hsm.tde.prerequisites#role) installs them
+  - psycopg 3.1 or newer, for MariaDB PyMySQL 1.1 or newer, and cryptography on the target; the role P(hsm.tde.prerequisites#role) installs them
 extends_documentation_fragment:
   - hsm.tde.pkcs11
 """

@@ -529,6 +529,17 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "absent", "A database that is to move does not exist or takes no connections.", "Correct its name."
     ),
     "cluster_exists": ErrorCode("client_error", "A packaged cluster of this name exists with another data directory."),
+    # engines: servers that encrypt their own files
+    "encryption_foreign": ErrorCode(
+        "client_error",
+        "The server encrypts with keys that are not this collection's; replacing them would make its tables unreadable.",
+        "Take its encryption back first, or leave it to its keys.",
+    ),
+    "setting_ineffective": ErrorCode(
+        "client_error",
+        "The server was started after its settings were written, and does not have them.",
+        "See that it reads the include directory, and that neither its command line nor a later file says otherwise.",
+    ),
     # kmip: the servers of a key management service, and their answers
     "kmip_unreachable": ErrorCode(
         "unreachable",

@@ -1,0 +1,179 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The acts that the engine's plans order, beside those on keys: keys in memory, the include file, tables built anew."""
+
+from __future__ import annotations
+
+import os
+import time
+import typing as t
+
+from ...common.check import established
+from ...common.errors import TdeError
+from ...common.files import make_private_directory, os_error, remove_leftovers_of, write_atomic
+from ...common.journal import Journal
+from ...common.plan import Handlers, Step
+from ...common.run import run_program
+from ...storage.mounts import mounted_at
+from .. import bootpin
+from .. import record as records
+from ..base import Request
+from ..keyring import Keyring
+from . import keyfile, look, sql
+from .options import Options
+
+#: Tries to have a table's lock, and the pause after the first, doubled after each.
+_TRIES, _PAUSE_SECONDS = 6, 0.5
+#: What keeps the journal from being written and no database closed at boot.
+_NO_NOTE = ("disk_full", "busy")
+
+
+class Acts:
+    """Acts on one cluster. Each can be killed at any moment: the next plan goes on from what is there.
+
+    :ivar access: the server's address; :ivar lock_seconds: how long one try waits for a table.
+    :ivar progress: the tables that were built anew.
+    """
+
+    def __init__(self, request: Request, options: Options, keyring: Keyring) -> None:
+        self.request = request
+        self.options = options
+        self.keyring = keyring
+        self.journal = Journal(request.state.journal)
+        self.access: sql.Access | None = None
+        self.lock_seconds = 10.0
+        self.progress: list[dict[str, t.Any]] = []
+
+    def handlers(self) -> Handlers:
+        """One act a step."""
+        return {
+            "write_record": self._write_record,
+            "write_pin_source": self._write_pin_source,
+            "mount_key_directory": lambda step: self._mount(),
+            "write_key_file": lambda step: self._write_key_file(),
+            "write_include": self._write_include,
+            "close_key_directory": lambda step: self._close(),
+            "set_variable": self._set_variable,
+            "encrypt_table": self._encrypt_table,
+        }
+
+    def _write_record(self, step: Step) -> None:
+        path = self.request.state.cluster_record(self.request.cluster)
+        records.write(self.request.state, records.parse(step.data["record"], path))
+
+    def _write_pin_source(self, step: Step) -> None:
+        bootpin.write_pin(step.data["path"], established(bootpin.boot_pin(self.keyring), "the PIN for the boot"))
+
+    # --- keys in memory
+
+    def _mount(self) -> None:
+        path = self.options.key_directory
+        make_private_directory(path, 0o755)
+        if os.listdir(path):
+            raise TdeError(
+                "mount_point_not_empty", "has entries", obj=path, next_step="Move them away, or name another key_directory."
+            )
+        # Options of ramfs: mode alone (kernel's Documentation/filesystems/ramfs-rootfs-initramfs.rst); its pages are never swapped out.
+        run_program(["mount", "-t", look.RAMFS, "-o", "mode=0700,nosuid,nodev,noexec", "hsm-tde", path])
+
+    def _write_key_file(self) -> None:
+        ring, path = self.keyring, self.options.key_file
+        # The steps before may have made keys.
+        ring.look()
+        names = keyfile.names(key.key_id for key in ring.keys)
+        ring.unlock([name.key_id for name in names])
+        mounted, before = look.key_file(self.options)
+        if not mounted:
+            raise TdeError("place_closed", "is not mounted", obj=self.options.key_directory, next_step="Open the keystore first.")
+        keys = {name.number: ring.data_key(name.key_id) for name in names}
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        known = before.checks if before else {}
+        since = {
+            number: before.since[number] if before and known.get(number) == key.check_value else now
+            for number, key in keys.items()
+        }
+        group = self.options.account().pw_gid
+        try:
+            # Whoever serves the database reads it and changes nothing.
+            os.chown(self.options.key_directory, 0, group)
+            os.chmod(self.options.key_directory, 0o750)  # noqa: S103 - its files are readable for the group, too
+        except OSError as exc:
+            raise os_error(exc, self.options.key_directory) from None
+        remove_leftovers_of(path)
+        write_atomic(
+            path, keyfile.render({number: key.reveal() for number, key in keys.items()}, since), mode=0o440, uid=0, gid=group
+        )
+        for name in names:
+            if known.get(name.number) != keys[name.number].check_value:
+                self._note("give_key", f"key {name.number} of the server", name.key_id, keys[name.number].check_value)
+
+    def _close(self) -> None:
+        path = self.options.key_directory
+        mount = mounted_at(path)
+        if mount is not None and mount.filesystem == look.RAMFS:
+            run_program(["umount", path])
+        self._note("take_keys", f"keys in {path}", "", "")
+
+    def _note(self, action: str, obj: str, key_id: str, kcv: str) -> None:
+        try:
+            self.journal.append(
+                action, obj, cluster=self.request.cluster, key=key_id, key_id=key_id, kcv=kcv, path=self.options.key_file
+            )
+        except TdeError as exc:
+            if exc.code not in _NO_NOTE:
+                raise
+            self.keyring.warnings.append(f"{obj}: done, and the journal does not say so: {exc}")
+
+    # --- the server
+
+    def _write_include(self, step: Step) -> None:
+        make_private_directory(os.path.dirname(step.data["path"]), 0o755)
+        remove_leftovers_of(step.data["path"])
+        write_atomic(step.data["path"], step.data["text"].encode(), mode=0o644)
+
+    def _server(self) -> sql.Access:
+        return established(self.access, "the server's address")
+
+    def _set_variable(self, step: Step) -> None:
+        with sql.connect(self._server()) as connection:
+            sql.set_variable(connection, step.data["name"], step.data["value"])
+
+    def _encrypt_table(self, step: Step) -> None:
+        """Build a table anew, with a bounded number of tries for its lock."""
+        data = step.data
+        table = sql.Table(data["database"], data["table"], "InnoDB", data["file"], data["size"])
+        began, pause = time.monotonic(), _PAUSE_SECONDS
+        for attempt in range(1, _TRIES + 1):
+            try:
+                with sql.connect(self._server(), read_seconds=sql.REBUILD_SECONDS) as connection:
+                    if sql.is_under(connection, table, data["key"]):
+                        return
+                    online = sql.rebuild(connection, table, data["key"], self.lock_seconds)
+                break
+            except TdeError as exc:
+                if exc.code == "relation_absent":
+                    # Dropped meanwhile.
+                    return
+                if exc.code != "lock_timeout":
+                    raise
+                if attempt == _TRIES:
+                    raise TdeError(
+                        "move_blocked",
+                        f"stayed locked by others through {_TRIES} tries of {self.lock_seconds:g} seconds",
+                        obj=step.obj,
+                        next_step="Run again when its transactions are shorter, or raise lock_timeout.",
+                    ) from None
+                time.sleep(pause)
+                pause *= 2
+        self.progress.append(
+            {
+                "database": table.database,
+                "object": table.words,
+                "kind": "table" if online else "table, not written to meanwhile",
+                "from": f"key {data['from']}",
+                "to": f"key {data['key']} ({data['tablespace']})",
+                "bytes": table.size,
+                "seconds": round(time.monotonic() - began, 3),
+                "attempts": attempt,
+            }
+        )

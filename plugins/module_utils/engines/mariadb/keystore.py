@@ -1,0 +1,154 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The keystore of a server: made, opened (keys into memory, the include file beside the server's own), closed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ...common.errors import TdeError
+from ...common.plan import Plan, Step
+from .. import bootpin, keyslots
+from .. import record as records
+from ..base import KeystoreWish, Outcome, SlotWish
+from ..keyring import Keyring
+from ..postgresql.public import key_facts
+from . import keyfile, look, plan
+from .act import Acts
+from .engine import Facts, MariaDb, tokens_added
+from .plan import Decision
+
+#: The tablespaces' keys that a keystore is made with.
+_FIRST = [keyfile.Name(number, tablespace) for number, tablespace in keyfile.FIRST.items()]
+
+
+class Keystore:
+    """One task's work.
+
+    :param engine: the cluster; :param check: check mode.
+    """
+
+    def __init__(self, engine: MariaDb, wish: KeystoreWish, check: bool) -> None:
+        self.engine = engine
+        self.wish = wish
+        self.check = check
+        self.options = engine.options
+
+    def outcome(self) -> Outcome:
+        """Carry the wish out."""
+        outcome = {"present": self._present, "open": self._open, "closed": self._close}[self.wish.state]()
+        outcome.facts["cluster"] = self.engine.request.cluster
+        return outcome
+
+    def _present(self) -> Outcome:
+        wish, engine = self.wish, self.engine
+        self.options.account()
+        wishes = wish.slots if wish.slots is not None else [SlotWish("primary", keyslots.TOKEN, access=engine.request.access)]
+        ring = engine.keyring(wishes, self.check)
+        acts = Acts(engine.request, self.options, ring)
+        ring.log_in(ring.wanted())
+        state: look.State | None = None
+
+        def decide() -> tuple[Decision, Facts]:
+            nonlocal state
+            engine.reread()
+            ring.look()
+            state = engine.state()
+            acts.access = state.access
+            update = wish.slots is not None and wish.update
+            if update:
+                ring.probe(ring.keys)
+            wanted = ring.wanted()
+            steps: Plan = []
+            if not ring.store.exists():
+                steps.append(Step("create_keystore", ring.store.path, "the folder of the wrapped data keys"))
+            steps += self._record_step(ring, state)
+            later: Plan = []
+            if update:
+                later = keyslots.change(ring.keys, wanted, exclusive=wish.exclusive, no_recovery=wish.no_recovery)
+            names = ", ".join(one.name for one in wanted)
+            later += plan.data_keys(_FIRST, ring.keys, wanted, no_recovery=wish.no_recovery, why=f"under keyslots {names}")
+            source = wish.pin_source if wish.pin_source is not None else engine.record.pin_source if engine.record else {}
+            later = bootpin.before_removals(later, bootpin.pin_steps(ring, source))
+            steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
+            restart = plan.restart_reasons(self.options, state, keyfile.names(key.key_id for key in ring.keys))
+            return Decision(steps, restart=restart), engine.facts(ring, state)
+
+        outcome = engine.rounds(decide, ring, acts, check=self.check)
+        ring.look()
+        running = state is not None and (state.process is not None or state.answer is not None)
+        outcome.facts.update(
+            {
+                "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
+                "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in ring.keks],
+                "start_required": not running,
+            }
+        )
+        return outcome
+
+    def _record_step(self, ring: Keyring, state: look.State) -> Plan:
+        engine = self.engine
+        before = engine.record or records.Record(engine.request.cluster, engine.name)
+        source = dict(before.pin_source)
+        if self.wish.pin_source is not None:
+            source = {name: value for name, value in self.wish.pin_source.items() if value is not None}
+        given = {**self.options.given, "data_directory": self.options.data_directory or state.data_directory or None}
+        kept = {name: value for name, value in before.options.items() if name not in given}
+        after = dataclasses.replace(tokens_added(before, ring), options={**kept, **given}, pin_source=source)
+        return engine.record_step(after, "what the next boot needs to know")
+
+    def _open(self) -> Outcome:
+        engine = self.engine
+        if engine.record is None and self.check:
+            cluster = engine.request.cluster
+            outcome = Outcome([Step("open_keystore", f"cluster {cluster}", "once it is made")], {}, {})
+            outcome.facts["restart_required"] = False
+            outcome.warnings.append(f"Cluster {cluster} has no record yet: an earlier task will make it.")
+            return outcome
+        engine.known()
+        ring = engine.keyring([], self.check)
+        acts = Acts(engine.request, self.options, ring)
+
+        def decide() -> tuple[Decision, Facts]:
+            engine.reread()
+            ring.look()
+            state = engine.state()
+            acts.access = state.access
+            if not ring.keys:
+                raise TdeError(
+                    "data_key_absent",
+                    "has no data keys",
+                    obj=f"cluster {engine.request.cluster}",
+                    next_step="Make them (tde_keystore).",
+                )
+            names = keyfile.names(key.key_id for key in ring.keys)
+            steps = plan.mount(self.options, state)
+            steps += plan.delivery(self.options, engine.request.cluster, state, ring.keys)
+            return Decision(steps, restart=plan.restart_reasons(self.options, state, names)), engine.facts(ring, state)
+
+        return engine.rounds(decide, ring, acts, check=self.check)
+
+    def _close(self) -> Outcome:
+        engine = self.engine
+        engine.known()
+        ring = engine.keyring([], self.check)
+        acts = Acts(engine.request, self.options, ring)
+
+        def decide() -> tuple[Decision, Facts]:
+            ring.look()
+            state = engine.state(ask=False)
+            steps: Plan = []
+            if state.mounted:
+                if state.process and not self.wish.force:
+                    raise TdeError(
+                        "server_running",
+                        f"the server runs (process {state.process.pid})",
+                        obj="the keystore",
+                        kept="It stays open.",
+                        next_step="Stop the server first. force closes it anyhow: the server runs on, and does not start again.",
+                    )
+                data = {"path": self.options.key_directory}
+                steps.append(Step("close_key_directory", self.options.key_directory, "the keys leave the memory", data))
+            return Decision(steps), engine.facts(ring, state)
+
+        return engine.rounds(decide, ring, acts, check=self.check)

@@ -1,0 +1,94 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The dictionary ``mariadb`` of a task, completed from the cluster's record."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pwd
+import typing as t
+
+from ...common.errors import TdeError
+
+#: Where distributions read include files of the server from: Debian and Ubuntu; RedHat and SUSE.
+INCLUDES = ("/etc/mysql/mariadb.conf.d", "/etc/my.cnf.d")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the engine works with.
+
+    :param data_directory: None until it is given or a running server named it.
+    :param socket: of the last task, so that the next boot can ask the server.
+    """
+
+    data_directory: str | None
+    key_directory: str
+    include_directory: str
+    os_user: str
+    refuse_plain_tables: bool
+    encryption_threads: int
+    reencrypt: bool
+    socket: str | None
+    user: str | None
+
+    @property
+    def given(self) -> dict[str, t.Any]:
+        """What the record keeps."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "reencrypt"}
+
+    @property
+    def key_file(self) -> str:
+        return os.path.join(self.key_directory, "keys")
+
+    def account(self) -> pwd.struct_passwd:
+        """The operating system's user of the server.
+
+        :raises TdeError: ``os_user_absent``, ``invalid_option``.
+        """
+        try:
+            found = pwd.getpwnam(self.os_user)
+        except KeyError:
+            raise TdeError("os_user_absent", "does not exist on this host", obj=f"user {self.os_user}") from None
+        if found.pw_uid == 0:
+            raise TdeError("invalid_option", "must not be root", obj=f"os_user {self.os_user}")
+        return found
+
+
+def _path(name: str, value: t.Any) -> str | None:
+    if value is None:
+        return None
+    if not os.path.isabs(value) or any(char in value for char in "\n\r#\"'\\ "):
+        raise TdeError("invalid_option", "must be an absolute path without blanks, quotes and #", obj=f"{name} {value!r}")
+    return os.path.normpath(str(value))
+
+
+def complete(
+    cluster: str, given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any], *, socket: str | None, user: str | None
+) -> Options:
+    """Options of a task; what it leaves out is taken from the record.
+
+    :param given: the task's dictionary; :param recorded: the record's, empty if there is none.
+    :param socket: the task's ``login_unix_socket``; :param user: its ``login_user``.
+    :raises TdeError: ``invalid_option``.
+    """
+    merged = {**recorded, **{name: value for name, value in given.items() if value is not None}}
+    threads = merged.get("encryption_threads")
+    threads = 4 if threads is None else threads
+    if not 1 <= threads <= 255:
+        raise TdeError(
+            "invalid_option", "must be 1 to 255: without a thread nothing is encrypted that is there", obj="encryption_threads"
+        )
+    include = merged.get("include_directory") or next((path for path in INCLUDES if os.path.isdir(path)), INCLUDES[0])
+    return Options(
+        data_directory=_path("data_directory", merged.get("data_directory")),
+        key_directory=_path("key_directory", merged.get("key_directory")) or f"/run/hsm-tde/{cluster}",
+        include_directory=_path("include_directory", include) or INCLUDES[0],
+        os_user=merged.get("os_user") or "mysql",
+        refuse_plain_tables=merged.get("refuse_plain_tables") is not False,
+        encryption_threads=threads,
+        reencrypt=bool(given.get("reencrypt")),
+        socket=socket or recorded.get("socket"),
+        user=user or recorded.get("user"),
+    )

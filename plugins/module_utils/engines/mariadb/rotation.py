@@ -1,0 +1,153 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Rotation: of the master key, which wraps the data keys anew; and, if asked for, of the data keys, which encrypts the tables anew.
+
+The second is marked in the cluster's record before it begins, with the master key's label that names it and the highest number
+that a data key had by then: all that is left to do follows from the mark, so that any later run ends what one began.
+"""
+
+from __future__ import annotations
+
+import datetime
+import typing as t
+
+from ...common.errors import TdeError
+from ...common.plan import Plan
+from .. import keyslots
+from ..base import MasterKeyWish, Outcome, SlotWish
+from ..keyring import Keyring
+from ..postgresql.public import key_facts
+from . import keyfile, look, plan
+from .act import Acts
+from .engine import Facts, MariaDb, same_as_before, with_mark
+from .plan import MARK, Decision
+
+#: Of the master key and the mark; the data keys come when these are done, so that they are under the new master key.
+_FIRST = ("write_record", "create_kek", "add_keyslot", "prove_keyslot", "remove_keyslot")
+
+
+class Rotation:
+    """One task's work.
+
+    :param engine: the cluster; :param check: check mode.
+    """
+
+    def __init__(self, engine: MariaDb, wish: MasterKeyWish, check: bool) -> None:
+        self.engine = engine
+        self.wish = wish
+        self.check = check
+        if engine.record is None and not check:
+            engine.known()
+        access = engine.request.access
+        if access is None:
+            raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
+        self.slot = SlotWish(wish.keyslot, keyslots.TOKEN, access=access)
+        self.ring: Keyring = engine.keyring([self.slot], check)
+        self.token = self.ring.token(access)
+        self.today = datetime.datetime.now(datetime.timezone.utc).date()
+        self.acts = Acts(engine.request, engine.options, self.ring)
+
+    def outcome(self) -> Outcome:
+        """Carry the wish out."""
+        ring, engine = self.ring, self.engine
+        ring.log_in(ring.wanted())
+        others = [one for one in same_as_before(ring, engine.request) if one.name != self.wish.keyslot]
+        ring.wishes = [self.slot, *others]
+        rotates = self.wish.state == "rotated" and not self.check
+        if rotates:
+            self._note("begun")
+        outcome = engine.rounds(self._decide, ring, self.acts, check=self.check, first=_FIRST)
+        if rotates:
+            self._note("done")
+        current = keyslots.current_label(engine.request.cluster, self.token, ring.keys, ring.keks)
+        outcome.facts.update(
+            {
+                "cluster": engine.request.cluster,
+                "master_key": current,
+                "age_days": keyslots.age(current, self.token, ring.keys, ring.keks, self.today),
+                "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
+            }
+        )
+        return outcome
+
+    def _note(self, result: str) -> None:
+        self.ring.journal.append(
+            "rotate_master_key",
+            f"keyslot {self.wish.keyslot} in token {self.token.label}",
+            result=result,
+            cluster=self.engine.request.cluster,
+            tag=self.wish.tag,
+            max_age=self.wish.max_age,
+            reencrypt=self.engine.options.reencrypt,
+            tables=[row["object"] for row in self.acts.progress],
+            keys=[key.key_id for key in self.ring.keys],
+        )
+
+    def _decide(self) -> tuple[Decision, Facts]:
+        engine, ring = self.engine, self.ring
+        engine.reread()
+        ring.look()
+        rotated = self.wish.state == "rotated"
+        rewrap = keyslots.rotate(
+            engine.request.cluster,
+            ring.keys,
+            ring.keks,
+            slot=self.wish.keyslot,
+            token=self.token,
+            tag=self.wish.tag if rotated else None,
+            max_age=self.wish.max_age if rotated else None,
+            today=self.today,
+        )
+        current = keyslots.current_label(engine.request.cluster, self.token, ring.keys, ring.keks)
+        target = next((str(step.data["kek_label"]) for step in rewrap if "kek_label" in step.data), current)
+        names = keyfile.names(key.key_id for key in ring.keys)
+        mark = engine.record.options.get(MARK) if engine.record else None
+        begin: Plan = []
+        if rotated and engine.options.reencrypt and names and engine.record and self._due(mark, current, target):
+            mark = {"label": target, "above": max(name.number for name in names)}
+            begin = engine.record_step(
+                with_mark(engine.record, mark), "the re-encryption that the tag names, and where it begins"
+            )
+        state = engine.state(ask=bool(mark))
+        if not mark:
+            return Decision(begin + rewrap), engine.facts(ring, state)
+        decision = self._reencrypt(state, names, int(mark["above"]))
+        decision.now = begin + rewrap + decision.now
+        return decision, engine.facts(ring, state)
+
+    def _due(self, mark: t.Mapping[str, t.Any] | None, current: str, target: str) -> bool:
+        """Whether a re-encryption begins: with a tag that it has not been done for, or with a master key that is too old."""
+        if mark and mark["label"] == target:
+            return False
+        return self.wish.tag is not None or target != current
+
+    def _reencrypt(self, state: look.State, names: t.Sequence[keyfile.Name], above: int) -> Decision:
+        """What is left of a re-encryption."""
+        engine, ring, options = self.engine, self.ring, self.engine.options
+        coming = plan.new_generation(names, above)
+        self.acts.access = state.access
+        answer = state.answer
+        if answer is None:
+            raise state.error or TdeError("server_down", "does not answer", obj="MariaDB")
+        plan.check_ours(options, answer)
+        if not state.mounted:
+            raise TdeError(
+                "place_closed",
+                "is not mounted, so the server could not be given new keys",
+                obj=options.key_directory,
+                next_step="Open the keystore: tde_keystore with state=open, or hsm-tde open.",
+            )
+        steps = plan.data_keys(
+            coming, ring.keys, ring.wanted(), no_recovery=True, why="a new key for the tables of its tablespace"
+        )
+        steps += plan.delivery(options, engine.request.cluster, state, ring.keys, coming)
+        every = sorted([*names, *coming])
+        wished = {table: plan.tablespace_of(table, answer, names) for table in plan.own(answer)}
+        tables = plan.tables(wished, answer, keyfile.current(every))
+        restart = plan.restart_reasons(options, state, every)
+        # New keys, too, are unknown to the server until it has read them.
+        ready = [step for step in tables if state.has_loaded(step.data["key"])]
+        later = [step for step in tables if step not in ready]
+        if later and not restart:
+            restart = [f"It has not read key {', '.join(sorted({str(step.data['key']) for step in later}))}."]
+        return Decision(steps + ready, later, restart)
