@@ -196,7 +196,7 @@ elsewhere:
 tablespaces:
   description:
     - Every tablespace. RV(tablespaces[].encryption) is V(ours), V(unknown_key) (encrypted by the kernel, not by this host's store),
-      V(dm_crypt), V(plain) or V(unknown).
+      V(dm_crypt), V(engine) (encrypted by the database server, as it says), V(plain) or V(unknown).
   returned: success
   type: list
   elements: dict
@@ -217,6 +217,10 @@ tablespaces:
       description: How it is encrypted.
       type: str
       sample: ours
+    algorithm:
+      description: The cipher of a server that encrypts itself, with O(engine=fep).
+      type: str
+      sample: AES256
     identifier:
       description: Identifier of the kernel's key.
       type: str
@@ -240,6 +244,20 @@ tablespaces:
       description: Why its encryption is unknown.
       type: str
       sample: null
+keystore:
+  description: The server's own keystore, as far as can be told without its PIN or passphrase.
+  returned: with O(engine=fep)
+  type: dict
+  sample:
+    kind: hsm
+    location: /var/lib/fep/keystore
+    made: true
+    open: true
+    opens_by_itself: false
+    pin_at_rest: false
+    slot_id: 5
+    tag: "2"
+    set: '2026-11-22'
 databases:
   description: The databases, with the tablespace that they lie in and the one that tables to come go to.
   returned: success

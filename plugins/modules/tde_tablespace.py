@@ -39,15 +39,18 @@ options:
       location:
         description:
           - Its directory, empty or not there yet, in a folder that belongs to root and that nobody else can write to, outside of the data directory.
-          - Without it a directory of its name under O(postgresql.mount_point).
+          - Without it a directory of its name under O(postgresql.mount_point) or O(fep.tablespace_directory).
+          - With O(engine=fep) its folder may also belong to the server's user.
         type: path
       owner:
         description: The role that owns it. Without it the role that creates it; that of an existing one stays.
         type: str
       algorithm:
-        description: The cipher. V(AES256) is AES-256-XTS for contents and AES-256-CTS for names.
+        description:
+          - The cipher. With O(engine=postgresql), V(AES256) is AES-256-XTS for contents and AES-256-CTS for names.
+          - With O(engine=fep) the server encrypts, and both are possible. That of a tablespace that holds anything cannot change.
         type: str
-        choices: [AES256]
+        choices: [AES128, AES256]
         default: AES256
       state:
         description: The tablespace is there.
@@ -173,11 +176,11 @@ tablespaces:
       type: str
       sample: /srv/tde/sealed
     key_id:
-      description: Name of its data key in the store.
+      description: Name of its data key in the store. Null where the server has the data keys.
       type: str
       sample: tablespace.sealed
     check_value:
-      description: The data key's check value, which is the key identifier that the kernel shows. Null while there is no data key.
+      description: The data key's check value, which is the key identifier that the kernel shows. Null while there is no data key in the store.
       type: str
       sample: 8699c2c53707405da5aba5ae4d8583c0
     algorithm:
@@ -227,7 +230,7 @@ SPEC: dict[str, t.Any] = {
             "name": {"type": "str", "required": True},
             "location": {"type": "path"},
             "owner": {"type": "str"},
-            "algorithm": {"type": "str", "choices": ["AES256"], "default": "AES256"},
+            "algorithm": {"type": "str", "choices": ["AES128", "AES256"], "default": "AES256"},
             "state": {"type": "str", "choices": ["present"], "default": "present"},
             "move": {
                 "type": "dict",
@@ -251,6 +254,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
     engine = load(module.params["engine"])(request(module.params))
     wish = tablespaces_wish(module.params)
     engine.require("tablespaces")
+    engine.require_algorithms(wish)
     result = engine.tablespaces(wish, check=module.check_mode).result()
     for warning in result.pop("warnings"):
         module.warn(warning)

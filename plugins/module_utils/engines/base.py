@@ -113,11 +113,16 @@ class MoveWish:
 
 @dataclasses.dataclass(frozen=True)
 class TablespaceWish:
-    """An encrypted tablespace; :param location: None: a directory of its name under the mount point."""
+    """An encrypted tablespace.
+
+    :param location: None: a directory of its name under the engine's folder of tablespaces.
+    :param algorithm: one of the engine's ``algorithms``.
+    """
 
     name: str
     location: str | None = None
     owner: str | None = None
+    algorithm: str = "AES256"
     move: MoveWish = MoveWish()
 
 
@@ -188,6 +193,8 @@ class Engine(abc.ABC):
     name: t.ClassVar[str]
     #: What it cannot do: a capability of CAPABILITIES, and one sentence that says why.
     refuses: t.ClassVar[t.Mapping[str, str]] = {}
+    #: The ciphers that its tablespaces can have.
+    algorithms: t.ClassVar[t.Sequence[str]] = ("AES256",)
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -199,6 +206,19 @@ class Engine(abc.ABC):
         """
         if capability in self.refuses:
             raise TdeError("engine_unsupported", self.refuses[capability], obj=f"engine {self.name}")
+
+    def require_algorithms(self, wish: TablespacesWish) -> None:
+        """Refuse a cipher that the engine's tablespaces cannot have.
+
+        :raises TdeError: ``engine_unsupported``.
+        """
+        for item in wish.items:
+            if item.algorithm not in self.algorithms:
+                raise TdeError(
+                    "engine_unsupported",
+                    f"encrypts with {' or '.join(self.algorithms)}, not with {item.algorithm}",
+                    obj=f"engine {self.name}, tablespace {item.name}",
+                )
 
     @abc.abstractmethod
     def keystore(self, wish: KeystoreWish, *, check: bool) -> Outcome:

@@ -125,6 +125,7 @@ def tablespaces_wish(params: Params) -> TablespacesWish:
                 name=item["name"],
                 location=item["location"],
                 owner=item["owner"],
+                algorithm=item["algorithm"],
                 move=MoveWish(
                     tables=tuple(move.get("tables") or ()),
                     schemas=tuple(move.get("schemas") or ()),

@@ -111,7 +111,7 @@ def elsewhere(directory: str, identifiers: t.Mapping[str, str], problems: list[s
     return sorted(found, key=lambda one: str(one["name"]))
 
 
-def _tablespaces(server: look.Server, identifiers: t.Mapping[str, str], problems: list[str]) -> list[Facts]:
+def tablespaces_of(server: look.Server, identifiers: t.Mapping[str, str], problems: list[str]) -> list[Facts]:
     """Every tablespace; of a server that does not answer, those that its data directory links to."""
     found = []
     if server.answer:
@@ -137,7 +137,8 @@ def _tablespaces(server: look.Server, identifiers: t.Mapping[str, str], problems
     return found
 
 
-def _databases(answer: sql.Server | None) -> list[Facts]:
+def databases_of(answer: sql.Server | None) -> list[Facts]:
+    """The databases as ``databases`` tells them."""
     if answer is None:
         return []
     return [
@@ -147,7 +148,8 @@ def _databases(answer: sql.Server | None) -> list[Facts]:
     ]
 
 
-def _server(server: look.Server) -> Facts:
+def server_facts(server: look.Server) -> Facts:
+    """The server as ``server`` tells it."""
     answer = server.answer
     return {
         "address": server.access.where,
@@ -214,7 +216,7 @@ def collect(engine: Postgresql) -> Facts:
     keks: list[keyslots.Kek] = tried(problems, lambda: read_keks(Registry(state), cluster), [])
     identifiers = {key.check_value: key.key_id for key in keys}
     server = look_at_server(engine, options, problems)
-    tablespaces = _tablespaces(server, identifiers, problems)
+    tablespaces = tablespaces_of(server, identifiers, problems)
     data_directory = encryption(os.path.realpath(server.data_directory), identifiers) if server.data_directory else None
     parts = elsewhere(data_directory["path"], identifiers, problems) if data_directory else []
     known = {key.key_id: key for key in keys}
@@ -239,11 +241,11 @@ def collect(engine: Postgresql) -> Facts:
         "data_keys": [key_facts(key, today) for key in keys],
         "adopted": tried(problems, store.adopted, []),
         "places": places,
-        "server": _server(server),
+        "server": server_facts(server),
         "data_directory": data_directory,
         "elsewhere": parts,
         "tablespaces": tablespaces,
-        "databases": _databases(server.answer),
+        "databases": databases_of(server.answer),
         "problems": problems,
     }
     found["same_disk"] = same_disk(state.path, found)

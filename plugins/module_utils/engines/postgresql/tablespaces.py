@@ -44,7 +44,7 @@ class Tablespaces:
         self.wish = wish
         self.check = check
         self.options = engine.options
-        _check_wishes(wish.items)
+        check_wishes(wish.items)
         self.ring = engine.keyring(wish.slots or (), check)
         if wish.slots is None:
             self.ring.wishes = self._same_as_before()
@@ -179,26 +179,8 @@ class Tablespaces:
         )
 
     def _moves(self, server: look.Server, answer: sql.Server) -> Plan:
-        encrypted = [one.name for one in answer.tablespaces if self._encrypted(one)] + [item.name for item in self.wish.items]
-        databases = sorted({name for item in self.wish.items for name in _databases(item.move)})
-        steps: Plan = []
-        for name in databases:
-            found = answer.database(name)
-            if found is None or not found.connects:
-                raise TdeError(
-                    "database_absent",
-                    "takes no connections" if found else "does not exist",
-                    obj=f"database {name}",
-                    next_step="Correct its name.",
-                )
-            with sql.connect(server.access, name) as connection:
-                catalog = move.read_catalog(connection)
-            state = move.DatabaseState(found.tablespace, found.default_setting, found.connections)
-            for number, item in enumerate(self.wish.items):
-                others = [other.move for other in (*self.wish.items[:number], *self.wish.items[number + 1 :])]
-                moves = move.decide(catalog, state, item.name, item.move, others=others, encrypted=encrypted)
-                steps += _steps(moves, item.name, state)
-        return steps
+        encrypted = [one.name for one in answer.tablespaces if self._encrypted(one)]
+        return plan_moves(server.access, answer, self.wish.items, encrypted)
 
     def _encrypted(self, tablespace: sql.Tablespace) -> bool:
         return self.ring.key(plan.tablespace_key(tablespace.name)) is not None
@@ -226,7 +208,7 @@ class Tablespaces:
 
     def _facts(self, outcome: Outcome) -> Facts:
         notes = []
-        if self.progress or (self.check and any(step.action in _MOVES for step in outcome.plan)):
+        if self.progress or (self.check and any(step.action in MOVES for step in outcome.plan)):
             notes.append(FREED)
         if any(row["object"].startswith("pg_catalog.pg_largeobject") for row in self.progress):
             notes.append(PG_UPGRADE)
@@ -256,10 +238,10 @@ class Tablespaces:
 
 
 #: Actions of moves.
-_MOVES = ("move_database", "move_relation", "move_large_objects", "set_default_tablespace")
+MOVES = ("move_database", "move_relation", "move_large_objects", "set_default_tablespace")
 
 
-def _check_wishes(items: t.Sequence[TablespaceWish]) -> None:
+def check_wishes(items: t.Sequence[TablespaceWish]) -> None:
     """Refuse names that cannot be, and two wishes for one thing.
 
     :raises TdeError: ``invalid_option``, ``tablespace_name_reserved``.
@@ -313,6 +295,33 @@ def _catalog(item: TablespaceWish, place: plan.PlaceFacts, answer: sql.Server) -
 def _databases(wish: MoveWish) -> list[str]:
     named = [wish.database] if wish.tables or wish.schemas else []
     return [*named, *wish.databases]
+
+
+def plan_moves(access: sql.Access, answer: sql.Server, items: t.Sequence[TablespaceWish], encrypted: t.Sequence[str]) -> Plan:
+    """The steps that bring into each tablespace what is wished there.
+
+    :param encrypted: the encrypted tablespaces that there are; those of ``items`` count, too.
+    :raises TdeError: ``database_absent``, ``relation_absent``, ``schema_absent``.
+    """
+    names = [*encrypted, *(item.name for item in items)]
+    steps: Plan = []
+    for name in sorted({name for item in items for name in _databases(item.move)}):
+        found = answer.database(name)
+        if found is None or not found.connects:
+            raise TdeError(
+                "database_absent",
+                "takes no connections" if found else "does not exist",
+                obj=f"database {name}",
+                next_step="Correct its name.",
+            )
+        with sql.connect(access, name) as connection:
+            catalog = move.read_catalog(connection)
+        state = move.DatabaseState(found.tablespace, found.default_setting, found.connections)
+        for number, item in enumerate(items):
+            others = [other.move for other in (*items[:number], *items[number + 1 :])]
+            moves = move.decide(catalog, state, item.name, item.move, others=others, encrypted=names)
+            steps += _steps(moves, item.name, state)
+    return steps
 
 
 def _steps(moves: move.Moves, target: str, state: move.DatabaseState) -> Plan:

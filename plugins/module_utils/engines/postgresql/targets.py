@@ -95,7 +95,7 @@ def _relation(server: look.Server, name: str, identifiers: t.Mapping[str, str]) 
     if server.answer.database(database) is None:
         raise TdeError("database_absent", "does not exist", obj=f"database {database}")
     with sql.connect(server.access, database) as connection:
-        paths, tablespace = _paths(connection, schema, relation)
+        paths, tablespace = relation_paths(connection, schema, relation)
     if not paths:
         raise TdeError("relation_absent", "does not exist, or holds nothing", obj=f"relation {name}")
     files: list[str] = []
@@ -105,7 +105,7 @@ def _relation(server: look.Server, name: str, identifiers: t.Mapping[str, str]) 
     return ProofTarget(name, os.path.dirname(files[0]), identifier, files=tuple(files))
 
 
-def _paths(connection: psycopg.Connection[t.Any], schema: str, relation: str) -> tuple[list[str], str]:
+def relation_paths(connection: psycopg.Connection[t.Any], schema: str, relation: str) -> tuple[list[str], str]:
     """First segments' paths, and the tablespace in effect."""
     paths = [row[0] for row in connection.execute(_FILES, (schema, relation)).fetchall()]
     row = connection.execute(

@@ -1,0 +1,141 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Whether files of PostgreSQL pages are in the clear or look encrypted, judged from what stands in them.
+
+For servers that encrypt pages themselves: below them, nothing tells but the bytes. A page is plain if its header is
+sound and its unused middle is zeros or its line pointers point into it (PostgreSQL's manual, "Database Page Layout");
+it is opaque if its body cannot be compressed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+import typing as t
+import zlib
+
+PAGE = 8192
+#: pd_pagesize_version of every PostgreSQL since 8.3: page size and layout version 4.
+_VERSION = PAGE | 4
+_HEADER = 24
+#: PD_HAS_FREE_LINES, PD_PAGE_FULL, PD_ALL_VISIBLE.
+_FLAGS = 0x0007
+#: Bytes of zeros in the middle that no cipher gives.
+_HOLE = 32
+#: What is read of a file at most, in bytes.
+FILE_BUDGET = 4 << 20
+
+PLAIN, OPAQUE, ZERO, UNCLEAR = "plain", "opaque", "zero", "unclear"
+
+
+@dataclasses.dataclass
+class PageFacts:
+    """What stands in a place's files.
+
+    :ivar files: their number; ``read``: those with content. ``pages``: by kind. ``known``: texts that the server holds there
+        and that were searched, ``found``: those that stand in the files as they are.
+    :ivar control: plain pages that the same reading found in a file in the clear; None: there was none.
+    """
+
+    files: int = 0
+    read: int = 0
+    size: int = 0
+    pages: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys((PLAIN, OPAQUE, ZERO, UNCLEAR), 0))
+    known: int = 0
+    found: int = 0
+    control: int | None = None
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+
+def kind_of(page: bytes) -> str:
+    """PLAIN, OPAQUE, ZERO or UNCLEAR; pure."""
+    if not page.strip(b"\0"):
+        return ZERO
+    if len(page) == PAGE and _sound(page):
+        return PLAIN
+    body = page[_HEADER:]
+    return OPAQUE if body and len(zlib.compress(body, 1)) >= len(body) else UNCLEAR
+
+
+def _sound(page: bytes) -> bool:
+    flags, lower, upper, special, version = struct.unpack_from("<HHHHH", page, 10)
+    if version != _VERSION or flags & ~_FLAGS or not _HEADER <= lower <= upper <= special <= PAGE:
+        return False
+    if upper - lower >= _HOLE:
+        return not page[lower:upper].strip(b"\0")
+    pointers = struct.unpack_from(f"<{(lower - _HEADER) // 4}I", page, _HEADER)
+    # ItemIdData: 15 bits offset, 2 bits flags, 15 bits length; those without storage point nowhere.
+    return all(not (one >> 17) or (upper <= (one & 0x7FFF) and (one & 0x7FFF) + (one >> 17) <= special) for one in pointers)
+
+
+def read(paths: t.Sequence[str], known: t.Collection[bytes] = ()) -> PageFacts:
+    """Look at files. :param known: texts to be searched in them; they are neither kept nor told."""
+    facts = PageFacts(known=len(known))
+    seen: set[bytes] = set()
+    for path in paths:
+        facts.files += 1
+        try:
+            with open(path, "rb") as handle:
+                content = handle.read(FILE_BUDGET)
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            facts.problems.append(f"{path} could not be read: {os.strerror(exc.errno or 0)}.")
+            continue
+        facts.read += bool(content)
+        facts.size += len(content)
+        seen |= {text for text in known if text in content}
+        for start in range(0, len(content), PAGE):
+            facts.pages[kind_of(content[start : start + PAGE])] += 1
+    facts.found = len(seen)
+    return facts
+
+
+def judge(facts: PageFacts) -> tuple[str, list[str]]:
+    """The verdict (``encrypted``, ``plain`` or ``unknown``) and the sentences that say why; pure."""
+    pages, looked = facts.pages, sum(facts.pages.values()) - facts.pages[ZERO]
+    seen = []
+    if facts.found:
+        seen.append(f"{facts.found} of {facts.known} values of its tables stand in the files as they are.")
+    if pages[PLAIN]:
+        seen.append(f"{pages[PLAIN]} of {looked} pages have the structure of a plain page.")
+    if seen:
+        return "plain", seen
+    doubts = list(facts.problems)
+    if not looked:
+        doubts.append("No page with content was found, so there was nothing to judge.")
+    if pages[UNCLEAR]:
+        doubts.append(f"{pages[UNCLEAR]} of {looked} pages are neither plain nor free of structure.")
+    if not facts.control:
+        doubts.append("No plain page was found in a file in the clear, so it was not shown that this reading would see one.")
+    if doubts:
+        return "unknown", doubts
+    reasons = [f"None of {looked} pages has a plain page's structure, and none can be compressed."]
+    if facts.known:
+        reasons.append(f"None of {facts.known} values of its tables stands in the files.")
+    return "encrypted", reasons
+
+
+def told(place: str, directory: str, facts: PageFacts, notes: t.Sequence[str]) -> dict[str, t.Any]:
+    """A proof as :func:`storage.proof.prove` gives it."""
+    verdict, reasons = judge(facts)
+    looked = sum(facts.pages.values()) - facts.pages[ZERO]
+    return {
+        "place": place,
+        "path": directory,
+        "verdict": verdict,
+        "examined": {
+            "files": facts.files,
+            "files_read": facts.read,
+            "blocks": looked,
+            "blocks_equal": facts.pages[PLAIN],
+            "blocks_zero": facts.pages[ZERO],
+            "bytes": facts.size,
+            "control_blocks_equal": facts.control or 0,
+            **({"marker_in_files": facts.known, "marker_on_device": facts.found} if facts.known else {}),
+        },
+        "how": "The files were read as the server wrote them: each page's structure was judged, and values of the tables were searched in them.",
+        "reasons": reasons,
+        "notes": list(notes),
+    }
