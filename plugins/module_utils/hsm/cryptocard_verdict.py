@@ -149,15 +149,15 @@ def default_domain(facts: Facts, expected: t.Mapping[str, str] | None = None, mo
         return _verdict([], [Finding("bus_absent", facts["message"])])
     domain, usable = facts["bus"]["default_domain"], facts["bus"]["usage_domains"]
     if domain is None:
-        return _verdict([], [Finding("default_domain_unset", "The AP bus has no default domain: set one (chzcrypt -q DOMAIN).")])
+        return _verdict([], [Finding("default_domain_unset", f"The AP bus has no default domain: set one{_set(usable)}.")])
     unavailable = []
     if usable is not None and domain not in usable:
         has = f"its usage domains are {', '.join(usable)}" if usable else "it has none"
         unavailable.append(
             Finding(
                 "default_domain_unavailable",
-                f"The default domain {domain} is no usage domain of this system ({has}): set another default (chzcrypt -q DOMAIN), "
-                "or assign the domain to this partition or guest.",
+                f"The default domain {domain} is no usage domain of this system ({has}): set another default{_set(usable)}, or have "
+                "the domain assigned to this partition or guest.",
             )
         )
     modes = _modes(expected, mode)
@@ -206,6 +206,11 @@ def ready(
     if not facts["present"]:
         return _verdict([], [Finding("bus_absent", facts["message"])])
     return _verdict(list(queues), _judge(facts, queues, _modes(expected, mode), expected or {}))
+
+
+def _set(usable: t.Sequence[str] | None) -> str:
+    """How a default domain is set; chzcrypt reads a number with leading zeros as octal, and lszcrypt's are hexadecimal."""
+    return f" (chzcrypt -q {int(usable[0], 16)} sets {usable[0]})" if usable else ""
 
 
 def _verdict(queues: list[str], findings: t.Sequence[Finding]) -> Verdict:
