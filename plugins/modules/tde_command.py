@@ -62,7 +62,8 @@ options:
       database_units:
         description:
           - Units of the database, such as V(postgresql@15-main.service). Each gets a drop-in, so that it starts after the
-            keystore was opened and only if it was.
+            keystore was opened and only if it was. A keystore that is opened in the running server (engine V(fep)) is opened
+            after each start of the unit instead.
           - Without any, the keystore is opened at boot on its own account.
         type: list
         elements: str
@@ -157,8 +158,10 @@ import sys
 import typing as t
 
 from ansible_collections.hsm.tde.plugins.module_utils.command import install
+from ansible_collections.hsm.tde.plugins.module_utils.command.keystores import after_start
 from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeModule, run_module
 from ansible_collections.hsm.tde.plugins.module_utils.common.options import state_options
+from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 
 
 def act(module: TdeModule) -> dict[str, t.Any]:
@@ -173,7 +176,13 @@ def act(module: TdeModule) -> dict[str, t.Any]:
         unit_directory=params["unit_directory"],
         with_units=with_units,
         clusters=tuple(
-            install.Cluster(one["name"], tuple(one["database_units"]), one["credential"], one["enabled"])
+            install.Cluster(
+                one["name"],
+                tuple(one["database_units"]),
+                one["credential"],
+                one["enabled"],
+                after_start(StateDirectory(params["state_directory"]), one["name"]),
+            )
             for one in params["clusters"]
         ),
     )

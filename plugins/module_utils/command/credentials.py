@@ -158,6 +158,21 @@ def tries(record: Record, on: t.Sequence[TokenName], stated: Given, *, may_ask: 
     ]
 
 
+def passphrases(record: Record, stated: Given, *, may_ask: bool = True) -> list[Credential]:
+    """The passphrases to try on a database's own keystore; the cluster's source holds them as it holds PINs for a token.
+
+    :raises TdeError: ``invalid_option``, ``pin_source_missing``, those of reading the source.
+    """
+    if stated.pin is not None:
+        raise TdeError(
+            "invalid_option", "its keystore is under a passphrase", obj=f"cluster {record.cluster}", kept="The PIN was not tried."
+        )
+    found = [stated.passphrase] if stated.passphrase is not None else [] if stated.ask_passphrase else from_source(record)
+    if not found:
+        found = [_ask(f"Passphrase for cluster {record.cluster}: ", record, may_ask)]
+    return [Credential(passphrase=one) for one in found]
+
+
 def from_source(record: Record) -> list[Secret]:
     """The PINs of the cluster's source, none where it has none.
 

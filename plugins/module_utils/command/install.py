@@ -39,12 +39,14 @@ class Cluster:
     :param database_units: units that start only with an open keystore.
     :param credential: path of the encrypted PIN that systemd hands to the command, or None.
     :param enabled: False takes the ties away.
+    :param after_start: the keystore is opened in the running server.
     """
 
     name: str
     database_units: tuple[str, ...] = ()
     credential: str | None = None
     enabled: bool = True
+    after_start: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +161,12 @@ def wished_files(wish: Wish, ours: t.Iterable[str]) -> Files:
         wished.update({path: None for path in ours if _ties(cluster.name, folder, path)})
         if not cluster.enabled:
             continue
-        text = units.instance(cluster.database_units, cluster.credential)
+        text = units.instance(cluster.database_units, cluster.credential, cluster.after_start)
         if text is not None:
             wished[_instance_path(cluster.name, folder)] = File(text.encode())
         for unit in cluster.database_units:
             wished[os.path.join(folder, f"{unit}.d", f"hsm-tde-{cluster.name}.conf")] = File(
-                units.database(cluster.name).encode()
+                units.database(cluster.name, cluster.after_start).encode()
             )
         if not cluster.database_units:
             wished[_enabled_path(cluster.name, folder)] = File(link=os.path.join(folder, units.TEMPLATE))

@@ -25,8 +25,8 @@ from .output import Output, public
 #: Seconds between two tries of a token that does not answer.
 _PAUSE = 5.0
 
-#: After these the other PIN of an unfinished change may be tried.
-_REFUSED = ("pin_refused", "pin_refused_before")
+#: After these the other PIN, or passphrase, of an unfinished change may be tried.
+_REFUSED = ("pin_refused", "pin_refused_before", "keystore_not_opened")
 
 Facts = t.Dict[str, t.Any]
 
@@ -139,8 +139,32 @@ def open_cluster(state: StateDirectory, cluster: str, stated: credentials.Given)
     planned = isolated(lambda: _keystore(state, record, KeystoreWish("open"), check=True))
     if not planned["changed"]:
         return t.cast(Facts, planned)
-    tries = credentials.tries(record, keyslot_tokens(state, cluster), stated)
+    tries = tries_of(state, record, stated)
     return t.cast(Facts, try_each(tries, lambda one: _keystore(state, record, KeystoreWish("open"), check=False, credential=one)))
+
+
+def tries_of(
+    state: StateDirectory, record: records.Record, stated: credentials.Given, *, may_ask: bool = True
+) -> list[credentials.Credential]:
+    """The credentials that open a cluster's keystore, in the order in which they are tried.
+
+    :raises TdeError: as :func:`credentials.tries`.
+    """
+    how = engine_of(state, record).opened_with()
+    if how == "nothing":
+        return [credentials.Credential()]
+    if how == "passphrase":
+        return credentials.passphrases(record, stated, may_ask=may_ask)
+    on = keyslot_tokens(state, record.cluster)
+    if how == "token":
+        on = [credentials.TokenName(token.label, token.serial) for token in record.tokens]
+    return credentials.tries(record, on, stated, may_ask=may_ask)
+
+
+def after_start(state: StateDirectory, cluster: str) -> bool:
+    """Whether a cluster's keystore is opened in the running server; not, where there is no record of it yet."""
+    record = records.read(state, check_name("cluster", cluster))
+    return record is not None and engines.load(record.engine).opens_after_start
 
 
 def try_each(

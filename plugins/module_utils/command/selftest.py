@@ -13,6 +13,7 @@ import os
 import sys
 import typing as t
 
+from .. import engines
 from ..common.errors import TdeError
 from ..common.files import check_parents
 from ..common.isolate import isolated
@@ -22,7 +23,7 @@ from ..engines.record import Place, Record
 from ..keystore.store import KeyStore
 from ..pkcs11.library import load
 from ..pkcs11.registry import Registry
-from ..pkcs11.token import check_flags, find
+from ..pkcs11.token import check_flags, find, open_session
 from ..storage import fscrypt
 from ..storage.mounts import mounted_at
 from . import credentials, keystores, units
@@ -104,6 +105,8 @@ def _key_files(state: StateDirectory, record: Record) -> str:
     missing = sorted({place.key_id for place in record.places if place.made} - {key["key_id"] for key in keys})
     if missing:
         raise TdeError("keystore_unreachable", f"has no {', '.join(missing)}", obj=f"keystore of cluster {record.cluster}")
+    if not keys and engines.load(record.engine).opens_after_start:
+        return "the server has a keystore of its own"
     if not keys:
         raise _Note("there are none yet")
     single = sorted(key["key_id"] for key in keys if len({slot["name"] for slot in key["keyslots"]}) < 2)
@@ -146,13 +149,14 @@ def _systemd(cluster: str) -> str:
 def _opening(state: StateDirectory, cluster: str, stated: credentials.Given, login: bool) -> list[Row]:
     """The source of the PIN, the token, and whether both open every key."""
     record = keystores.read_record(state, cluster)
+    how = keystores.engine_of(state, record).opened_with()
     tries: list[credentials.Credential] = []
 
     def source() -> str:
-        tries.extend(credentials.tries(record, keystores.keyslot_tokens(state, cluster), stated, may_ask=False))
+        tries.extend(keystores.tries_of(state, record, stated, may_ask=False))
         if len(tries) > 1:
             raise _Note("a PIN change is unfinished: both PINs will be tried")
-        return credentials.source_words(record, stated)
+        return credentials.source_words(record, stated) if how != "nothing" else "none is needed: the server asks its plugin"
 
     def waiting() -> str:
         try:
@@ -166,7 +170,10 @@ def _opening(state: StateDirectory, cluster: str, stated: credentials.Given, log
     access = tries[0].access if tries else None
     if access:
         rows.append(_row("token", lambda: t.cast(str, isolated(lambda: _token(state, tries[0], login)))))
-    if tries and login and all(row["verdict"] != FAILED for row in rows):
+    if how == "token" and access and login and rows[-1]["verdict"] != FAILED:
+        # The server opens its own keystore; whether the token takes the PIN is what can be told before.
+        rows.append(_row("PIN", lambda: t.cast(str, keystores.try_each(tries, lambda one: _login(state, one)))))
+    if how == "keyslot" and tries and login and all(row["verdict"] != FAILED for row in rows):
         rows.append(_row("opening", lambda: t.cast(str, keystores.try_each(tries, lambda one: _keys(state, cluster, one)))))
     return rows
 
@@ -178,6 +185,13 @@ def _token(state: StateDirectory, credential: credentials.Credential, login: boo
     info = find(load(access.library), access.selector, Registry(state))
     check_flags(info, "user", access.allow_low_pin_count)
     return f"{info} answers through {access.library.path}" + ("" if login else "; nobody logged in")
+
+
+def _login(state: StateDirectory, credential: credentials.Credential) -> str:
+    if credential.access is None:
+        raise ValueError("no token")
+    with open_session(credential.access, state) as session:
+        return f"{session.token} takes it"
 
 
 def _keys(state: StateDirectory, cluster: str, credential: credentials.Credential) -> str:

@@ -3,7 +3,8 @@
 """Texts of the systemd units that open a cluster's keystore before its database starts.
 
 ``hsm-tde@CLUSTER.service`` opens and closes one cluster's keystore. The database's unit gets a drop-in with
-``Requires=`` and ``After=``, so that it does not start on a locked place.
+``Requires=`` and ``After=``, so that it does not start on a locked place. A keystore that is opened in the running server
+is opened after it, at each of its starts, and ends with it.
 """
 
 from __future__ import annotations
@@ -99,22 +100,28 @@ def template(command: str, state_directory: str) -> str:
     )
 
 
-def instance(database_units: t.Sequence[str], credential: str | None) -> str | None:
+def instance(database_units: t.Sequence[str], credential: str | None, after_start: bool = False) -> str | None:
     """The drop-in of one ``hsm-tde@CLUSTER.service``, None where it needs none.
 
     :param database_units: started when the keystore opens late, since their own start failed with it.
+    :param after_start: the keystore is opened in the running server, which closes it by ending.
     :param credential: path of the PIN encrypted by ``systemd-creds encrypt``; its name is the file's.
     """
     parts = []
     if database_units:
         units = " ".join(database_units)
-        parts.append(f"[Unit]\nBefore={units}\nWants={units}\n")
+        if after_start:
+            parts.append(f"[Unit]\nAfter={units}\nBindsTo={units}\nPartOf={units}\n[Service]\nExecStop=\n")
+        else:
+            parts.append(f"[Unit]\nBefore={units}\nWants={units}\n")
     if credential:
         parts.append(f"[Service]\nLoadCredentialEncrypted={os.path.basename(credential)}:{credential}\n")
     return MARK + "\n".join(parts) if parts else None
 
 
-def database(cluster: str) -> str:
-    """The drop-in of a database's unit: no start without the open keystore."""
+def database(cluster: str, after_start: bool = False) -> str:
+    """The drop-in of a database's unit: no start without the open keystore; or, opened after it, each start opens it."""
     unit = f"hsm-tde@{cluster}.service"
+    if after_start:
+        return f"{MARK}[Unit]\nWants={unit}\n"
     return f"{MARK}[Unit]\nRequires={unit}\nAfter={unit}\n"

@@ -195,6 +195,8 @@ class Engine(abc.ABC):
     refuses: t.ClassVar[t.Mapping[str, str]] = {}
     #: The ciphers that its tablespaces can have.
     algorithms: t.ClassVar[t.Sequence[str]] = ("AES256",)
+    #: Whether its keystore is opened in the running server, so that the boot opens it after the database, not before.
+    opens_after_start: t.ClassVar[bool] = False
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -206,6 +208,11 @@ class Engine(abc.ABC):
         """
         if capability in self.refuses:
             raise TdeError("engine_unsupported", self.refuses[capability], obj=f"engine {self.name}")
+
+    def opened_with(self) -> str:
+        """What the boot opens its keystore with: the credential of a ``keyslot`` of our store; the PIN of the record's ``token``,
+        or a ``passphrase``, of a keystore of its own; or ``nothing``."""
+        return "keyslot"
 
     def require_algorithms(self, wish: TablespacesWish) -> None:
         """Refuse a cipher that the engine's tablespaces cannot have.

@@ -35,6 +35,9 @@ class FakeEngine:
         self.request = request
         self.flag = self.folder / request.cluster
 
+    def opened_with(self) -> str:
+        return "keyslot"
+
     def keystore(self, wish: KeystoreWish, *, check: bool) -> Outcome:
         is_open = self.flag.exists()
         if is_open == (wish.state == "open"):

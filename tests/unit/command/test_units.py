@@ -50,6 +50,13 @@ def test_the_database_does_not_start_without_the_open_keystore() -> None:
     assert text == {"Requires": "hsm-tde@main.service", "After": "hsm-tde@main.service"}
 
 
+def test_a_keystore_of_the_running_server_is_opened_after_each_of_its_starts() -> None:
+    """The server's start pulls the unit in, and does not wait for it; its end ends the unit, and nothing is left to close."""
+    assert directives(units.database("main", after_start=True)) == {"Wants": "hsm-tde@main.service"}
+    text = directives(units.instance(["fep.service"], None, after_start=True) or "")
+    assert text == {"After": "fep.service", "BindsTo": "fep.service", "PartOf": "fep.service", "ExecStop": ""}
+
+
 def test_a_cluster_without_units_and_credential_needs_no_drop_in() -> None:
     assert units.instance([], None) is None
 

@@ -33,6 +33,7 @@ class Fep(Engine):
     }
 
     algorithms = ("AES128", "AES256")
+    opens_after_start = True
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -170,6 +171,9 @@ class Fep(Engine):
             )
         if server.facts and not server.facts.enterprise:
             raise sql.not_enterprise(server.access)
+
+    def opened_with(self) -> str:
+        return {HSM: "token", PLUGIN: "nothing"}.get(self.options.keystore, "passphrase")
 
     def secret_kind(self) -> str:
         """What the server's functions are given: ``PIN``, ``passphrase`` or nothing."""
