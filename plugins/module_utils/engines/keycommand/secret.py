@@ -26,8 +26,6 @@ EDB, CYBERTEC, SSL, PLAIN = "edb", "cybertec", "ssl_passphrase", "secret"
 KINDS = (EDB, CYBERTEC, SSL, PLAIN)
 #: Where EDB keeps the wrapped data key, below the data directory (EDB TDE manual, "Securing the data encryption key").
 _EDB_FILE = os.path.join("pg_encryption", "key.bin")
-#: A wrapped-key file says what it is within so many bytes.
-_HEAD = 64
 
 
 def travels(kind: str) -> bool:
@@ -55,7 +53,7 @@ class CarriedFile(KeyFile):
         return os.path.lexists(self.path)
 
     def decoded(self, path: str, raw: bytes) -> Document:
-        if FORMAT.encode() not in raw[:_HEAD]:
+        if FORMAT.encode() not in raw:
             raise TdeError(
                 "file_foreign",
                 "was wrapped by another command, or not at all",
