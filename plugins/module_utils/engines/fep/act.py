@@ -79,7 +79,7 @@ class Acts:
             **self.userside().handlers(self.wished),
             "write_record": self._write_record,
             "write_pin_source": self._write_pin_source,
-            "create_extension": lambda step: sql.create_extension(self._access()),
+            "create_extension": lambda step: self._create_extension(),
             "reload_server": lambda step: sql.reload(self._access()),
             "set_master_key": self._set_master_key,
             "rotate_master_key": self._set_master_key,
@@ -233,10 +233,16 @@ class Acts:
     def _access(self) -> postgres.Access:
         return established(self.server, "the server").access
 
+    def _create_extension(self) -> None:
+        server = established(self.server, "the server")
+        sql.create_extension(server.access)
+        with postgres.connect(server.access) as connection:
+            self.server = dataclasses.replace(server, facts=sql.inspect(connection))
+
     def _function(self, key: str) -> tuple[str, str]:
         facts = established(established(self.server, "the server").facts, "the server's facts")
         if key not in facts.functions:
-            raise sql.not_enterprise(self._access())
+            raise sql.not_enterprise(self._access(), sql.FUNCTIONS[key][0][0])
         return facts.functions[key]
 
     def _call(self, key: str, obj: str, *secrets_: Secret, **named: str) -> None:

@@ -277,7 +277,9 @@ class Keystore(Task):
         steps += [*configured, *self._record_steps()]
         credential = self.credential()
         if options.keystore == PLUGIN:
-            steps += self.acts.userside().plan(self._record(), self.wished)
+            # What the host remembers of the server changes at each of its starts, and is none of the plugin's business.
+            published = dataclasses.replace(self._record(), options=self.options.given)
+            steps += self.acts.userside().plan(published, self.wished)
         if plan.ready(options, state):
             made = plan.master_key(options, state, credential)
             if made and options.keystore == FILE:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 import typing as t
 
 from ...common.errors import TdeError
@@ -21,6 +22,8 @@ if t.TYPE_CHECKING:
 
 #: Seconds that an act on the keystore may take: an HSM is asked.
 ACT_SECONDS = 120
+#: Seconds until a server that was told to has read its files again.
+_RELOAD_SECONDS = 15.0
 
 #: The names under which manuals and the vendor's articles know each function, the manuals' first; and its arguments.
 FUNCTIONS = {
@@ -246,9 +249,24 @@ def create_extension(access: sql.Access) -> None:
 
 
 def reload(access: sql.Access) -> None:
-    """Let the server read its files again."""
+    """Let the server read its files again, and wait until sessions to come see them.
+
+    :raises TdeError: ``timeout``.
+    """
+
+    def loaded() -> t.Any:
+        with sql.connect(access) as connection:
+            row = connection.execute("SELECT pg_conf_load_time()").fetchone()
+        return row[0] if row else None
+
+    before = loaded()
     with sql.connect(access) as connection:
         connection.execute("SELECT pg_reload_conf()")
+    deadline = time.monotonic() + _RELOAD_SECONDS
+    while loaded() == before:
+        if time.monotonic() > deadline:
+            raise TdeError("timeout", "did not read its files again", obj=f"server at {access.where}")
+        time.sleep(0.05)
 
 
 def access(connection: t.Any, os_user: str, *, socket: str | None, port: int | None) -> sql.Access:
@@ -256,11 +274,11 @@ def access(connection: t.Any, os_user: str, *, socket: str | None, port: int | N
     return sql.access(connection, os_user, socket=socket or "/tmp", port=port or 27500)  # noqa: S108 - the server's default
 
 
-def not_enterprise(access: sql.Access) -> TdeError:
-    """The server has none of the functions."""
+def not_enterprise(access: sql.Access, function: str = "pgx_open_keystore") -> TdeError:
+    """The server has not the function."""
     return TdeError(
         "server_other_product",
-        "has no function pgx_open_keystore: it is not Fujitsu Enterprise Postgres, or an edition without encryption",
+        f"has no function {function} of a superuser's: it is not Fujitsu Enterprise Postgres, or an edition without encryption",
         obj=f"server at {access.where}",
         next_step="Name its socket and port, or choose the engine postgresql.",
     )
