@@ -192,7 +192,7 @@ version:
   type: str
   sample: "3.23"
 slots:
-  description: The slots that the library lists with the new files.
+  description: The slots that the library lists with the new files, each with a token in it.
   returned: when they could be tried out
   type: list
   elements: dict

@@ -97,7 +97,7 @@ slots:
       type: bool
       sample: true
     listed:
-      description: Whether the library lists it.
+      description: Whether the library lists it with a token in it.
       type: bool
       sample: true
     reason:

@@ -57,6 +57,11 @@ def registries(root: pathlib.Path) -> None:
             shutil.copy(settings, root / name)
 
 
+def environment() -> list[str]:
+    """The options of systemd-nspawn that say in a container how packages are reached."""
+    return [f"--setenv={key}={value}" for key, value in os.environ.items() if _ENVIRONMENT.fullmatch(key)]
+
+
 def script(commands: list[str]) -> str:
     """What runs inside: the clone, then each command with its time; the second of two equal demos must change nothing."""
     lines = [_CLONE]
@@ -102,15 +107,15 @@ def main() -> int:
                 "--timezone=off",
                 "--link-journal=no",
                 *machine.loop_binds(),
-                *(f"--setenv={key}={value}" for key, value in os.environ.items() if _ENVIRONMENT.fullmatch(key)),
+                *environment(),
                 "bash",
                 "-c",
                 script(sys.argv[1:] or list(COMMANDS)),
             ]
             # As on a host without a container around it, /tmp lies on the disk.
-            environment = {**os.environ, "SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
+            settings = {**os.environ, "SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
             return subprocess.run(
-                command, check=False, stdin=subprocess.DEVNULL, env=environment, preexec_fn=lambda: machine.enter_cgroup(name)
+                command, check=False, stdin=subprocess.DEVNULL, env=settings, preexec_fn=lambda: machine.enter_cgroup(name)
             ).returncode
         finally:
             machine.remove_cgroup(name)

@@ -41,6 +41,10 @@ PIN = "user-1234"
 OCK_SO_PIN = "76543210"
 OCK_PIN = "01234567"
 
+#: Before openCryptoki 3.21, and since.
+_DAEMON_PID = ("/run/pkcsslotd.pid", "/run/opencryptoki/pkcsslotd.pid")
+_DAEMON_SOCKET = ("/run/pkcsslotd.socket", "/run/opencryptoki/pkcsslotd.socket")
+
 _CLONE_NEWNS = 0x00020000
 #: The daemon counts sessions in System V shared memory, one segment a host: two tests at once would count together.
 _CLONE_NEWIPC = 0x08000000
@@ -259,6 +263,10 @@ class OpenCryptoki(Installation):
             os.chown(home / folder, 0, group)
             (home / folder).chmod(0o770)
         (home / "etc/opencryptoki.conf").write_text("version opencryptoki-3.8\n" + slots)
+        # Without it newer versions do not start.
+        if os.path.exists("/etc/opencryptoki/strength.conf"):
+            shutil.copy2("/etc/opencryptoki/strength.conf", home / "etc")
+            os.chown(home / "etc/strength.conf", 0, group)
 
     def enter(self, *, daemon: bool = True) -> None:
         """Make the calling process see the private folders; start the daemon."""
@@ -284,16 +292,18 @@ class OpenCryptoki(Installation):
 
     def start_daemon(self) -> None:
         """Start the daemon, as a child of the calling process, which sees the private folders."""
-        for stale in ("/run/pkcsslotd.pid", "/run/pkcsslotd.socket"):
+        for stale in (*_DAEMON_PID, *_DAEMON_SOCKET):
             Path(stale).unlink(missing_ok=True)
         # The daemon forks twice; as its new parent this process can wait for its end.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        subprocess.run(["/usr/sbin/pkcsslotd"], check=True, timeout=10, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _wait_for(lambda: os.path.exists("/run/pkcsslotd.socket") and os.path.exists("/run/pkcsslotd.pid"))
+        with open("/run/pkcsslotd.said", "wb") as said:
+            code = subprocess.run(["/usr/sbin/pkcsslotd"], check=False, timeout=10, stdout=said, stderr=said).returncode
+        assert code == 0, f"exit {code}: {Path('/run/pkcsslotd.said').read_text()}"
+        _wait_for(lambda: any(map(os.path.exists, _DAEMON_SOCKET)) and any(map(os.path.exists, _DAEMON_PID)))
 
     def stop_daemon(self) -> None:
         """End the daemon; the caller is the process that started it."""
-        _end(int(Path("/run/pkcsslotd.pid").read_text()))
+        _end(int(Path(next(filter(os.path.exists, _DAEMON_PID))).read_text()))
 
     def run(self, fn: t.Callable[[], T], *, daemon: bool = True) -> T:
         """Run ``fn`` in a child inside the private installation."""

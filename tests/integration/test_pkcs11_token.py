@@ -328,7 +328,8 @@ def test_module_token_info_on_opencryptoki(opencryptoki: OpenCryptoki, state: St
 
     info = opencryptoki.run(act)
     assert info["library"]["manufacturer"] == "IBM"
-    assert [(one["label"], one["serial"], one["pin_min"], one["pin_max"]) for one in info["tokens"]] == [("demo", "123", 4, 8)]
+    assert [(one["label"], one["pin_min"], one["pin_max"]) for one in info["tokens"]] == [("demo", 4, 8)]
+    assert info["tokens"][0]["serial"] in ("123", ""), "of 3.8, of newer ones"
     assert "AES_CBC_PAD" in info["tokens"][0]["mechanisms"]
     assert info["failed_slots"] == []
 

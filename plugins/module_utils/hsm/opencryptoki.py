@@ -61,7 +61,9 @@ def gather(users: t.Sequence[str]) -> dict[str, t.Any]:
         configured = conf.slots(text)
     except conf.ConfSyntaxError:
         configured = {}
-    found["slots"] = [_slot(number, configured.get(number), answer, path) for number in sorted({*configured, *answer.slots})]
+    found["slots"] = [
+        _slot(number, configured.get(number), answer, path) for number in sorted({*configured, *answer.slots, *answer.empty})
+    ]
     return found
 
 

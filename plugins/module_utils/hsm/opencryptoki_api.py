@@ -50,13 +50,20 @@ _PR_SET_PDEATHSIG = 1
 #: What the private daemon sees empty instead of the host's.
 _PRIVATE = ("/run", "/dev/shm", "/var/log", STORE, CONF_DIR)  # noqa: S108 - where the library puts its shared memory
 
+_OK = "CKR_OK"
+#: A configuration that every version takes. With no slot at all, 3.23's library does not start.
+_SOUND = b"version opencryptoki-3.x\nslot 0\n{\nstdll = libpkcs11_sw.so\n}\n"
+
 #: Seconds for a whole answer, for the daemon to read its file, and until it listens.
 _ANSWER, _START, _LISTEN = 60, 20, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A slot that the library lists. ``label`` and ``model`` are empty where no token answers."""
+    """A slot that the library lists. ``label`` and ``model`` are empty where no token answers.
+
+    Newer versions list a slot whose token does not start, with CKR_TOKEN_NOT_PRESENT; 3.8 leaves it out.
+    """
 
     description: str
     manufacturer: str
@@ -73,12 +80,14 @@ class Answer:
     """What the library says.
 
     :ivar version: openCryptoki's; None if the library does not start.
+    :ivar slots: those in which a token answers; :ivar empty: those in which none does.
     :ivar error: why it does not: ``code``, ``message``, ``next_step``; empty if it does.
     :ivar said: what the private daemon wrote; empty for the host's.
     """
 
     version: tuple[int, int] | None
     slots: t.Mapping[int, Slot]
+    empty: t.Mapping[int, Slot]
     error: t.Mapping[str, str]
     said: str = ""
 
@@ -123,10 +132,21 @@ def try_out(path: str, files: t.Mapping[str, bytes], folders: t.Mapping[str, str
     return None if "refused" in raw else _answer(raw)
 
 
+def try_sound(path: str) -> Answer | None:
+    """What the library says with a configuration that every version takes: its version, if nothing else is in its way."""
+    return try_out(path, {os.path.basename(CONF): _SOUND}, {"swtok": base.GROUP})
+
+
 def _answer(raw: t.Mapping[str, t.Any]) -> Answer:
     slots = {int(number): Slot(**{**facts, "flags": tuple(facts["flags"])}) for number, facts in raw.get("slots", {}).items()}
     version = raw.get("version")
-    return Answer((version[0], version[1]) if version else None, slots, raw.get("error", {}), raw.get("said", ""))
+    return Answer(
+        (version[0], version[1]) if version else None,
+        {number: slot for number, slot in slots.items() if slot.answer == _OK},
+        {number: slot for number, slot in slots.items() if slot.answer != _OK},
+        raw.get("error", {}),
+        raw.get("said", ""),
+    )
 
 
 def _in_fork(act: t.Callable[[], dict[str, t.Any]], *, parent_death: bool = False) -> dict[str, t.Any]:
@@ -178,7 +198,7 @@ def _look(path: str) -> dict[str, t.Any]:
             "label": "",
             "model": "",
             "flags": (),
-            "answer": "CKR_OK",
+            "answer": _OK,
         }
         try:
             token = library.token_info(number)

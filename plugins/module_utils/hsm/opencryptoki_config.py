@@ -295,8 +295,8 @@ def _configure(wish: ConfigWish, *, act: bool) -> Outcome:
     before = api.try_out(path, {}, _folders(present.get(MAIN, "")))
     known = before
     if before is not None and not before.version:
-        # The present file stops the daemon; one with no slot in it does not.
-        known = api.try_out(path, {MAIN: b"version hsm-tde\n"}, {})
+        # The present file stops the daemon or the library.
+        known = api.try_sound(path)
     version = installed_version(path, known or api.ask(path))
     texts = wished_texts(present, wish, version)
     judge(texts, wish, version)

@@ -201,8 +201,6 @@ def _one_parser(text: str) -> Problem | None:
             return Problem(token.line, f"{token.text!r} needs double quotes")
         if token.kind == "string" and token.text == '""':
             return Problem(token.line, "an empty value")
-        if token.kind == "space" and token.text.strip(" \t"):
-            return Problem(token.line, "a carriage return or another sign that is no blank: the file needs Unix line ends")
         if previous is not None and previous.text == "=" and token.kind == "word" and re.fullmatch(r"[0-9]+|0x.*", token.text):
             return Problem(token.line, f"{token.text} alone is read as a number: it needs double quotes")
         if token.kind not in ("space", "comment"):

@@ -114,7 +114,7 @@ def test_what_newer_versions_take() -> None:
         (NEW, slot(SW, f'description = "{"x" * 65}"'), 5, "more than 64 bytes"),
         (NEW, slot(SW, 'description = ""'), 5, "empty value"),
         (NEW, slot(SW, "description = a$b"), 5, "needs double quotes"),
-        (NEW, slot(SW).replace("\n", "\r\n"), 1, "Unix line ends"),
+        (OLD, slot(SW).replace("{\n", "{\r\n"), 3, "Unix line ends"),
         (NEW, slot(SW)[:-2], 3, "brace that does not close"),
         (NEW, "slot 3\n{\nstdll =\n}\n", 3, "stdll has no value"),
         (OLD, "disable-event-support\n" + slot(SW), 1, "is not expected"),
