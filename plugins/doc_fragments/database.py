@@ -266,6 +266,7 @@ requirements:
   - psycopg 3.1 or newer, for MariaDB PyMySQL 1.1 or newer, and cryptography on the target; the role P(hsm.tde.prerequisites#role) installs them
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.kmip
 """
 
     KEYSLOTS = r"""
@@ -288,6 +289,7 @@ options:
         choices:
           token: A master key that never leaves a PKCS#11 token.
           passphrase: A key derived from a passphrase.
+          kmip: A master key at a KMIP server, which encrypts and decrypts itself where it speaks KMIP 1.4; else the key is got for each use.
         default: token
       passphrase:
         description: The passphrase, in quotes, at least 12 characters. Without it, the passphrase that the task itself gives.
@@ -307,4 +309,29 @@ options:
       library:
         description: Path of the token's PKCS#11 library. All tokens of one task share the environment of its library.
         type: path
+      kmip:
+        description:
+          - The key management service of a keyslot with O(keyslots[].protection=kmip). What is left out is the task's own, O(kmip_servers) and
+            its kind.
+        type: dict
+        suboptions:
+          service:
+            description: As O(kmip_service).
+            type: str
+          servers:
+            description: As O(kmip_servers).
+            type: list
+            elements: str
+          ca:
+            description: As O(kmip_ca).
+            type: path
+          certificate:
+            description: As O(kmip_certificate).
+            type: path
+          certificate_key:
+            description: As O(kmip_certificate_key).
+            type: path
+          timeout:
+            description: As O(kmip_timeout).
+            type: float
 """

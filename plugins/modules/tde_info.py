@@ -95,6 +95,7 @@ master_keys:
       id: 8d1f
       token_label: demo
       token_serial: 4f5a0f7d70dcd6a3
+      kmip_service: null
       age_days: 12
       current: true
 data_keys:
@@ -113,6 +114,8 @@ data_keys:
           age_days: 12
           token_label: demo
           token_serial: 4f5a0f7d70dcd6a3
+          kmip_service: null
+          kek_leaves_server: null
           master_key: hsm-tde.main
           master_key_check_value: 1f2e3d
 places:
@@ -138,6 +141,18 @@ tokens:
       serial: 4f5a0f7d70dcd6a3
       library: /usr/lib/softhsm/libsofthsm2.so
       environment: {}
+kmip:
+  description: How the KMIP services are reached. The client's key is a file on the target.
+  returned: success
+  type: list
+  elements: dict
+  sample:
+    - service: kmip
+      servers: [kms1.example.com]
+      ca: /etc/hsm-tde/kmip-ca.pem
+      certificate: /etc/hsm-tde/kmip.pem
+      key: /etc/hsm-tde/kmip.key
+      timeout: 10.0
 pin_source:
   description: Where the PIN comes from at boot, null if the cluster is not managed.
   returned: success

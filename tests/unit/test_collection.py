@@ -8,7 +8,7 @@ import re
 
 import pytest
 import yaml
-from ansible_collections.hsm.tde.plugins.module_utils.common.options import pkcs11_options
+from ansible_collections.hsm.tde.plugins.module_utils.common.options import kmip_options, pkcs11_options
 from ansible_collections.hsm.tde.plugins.module_utils.engines import database_options
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,7 +60,9 @@ def test_a_secret_is_text(name, monkeypatch):
     assert others == []
 
 
-@pytest.mark.parametrize(("group", "options"), [("pkcs11", pkcs11_options()), ("database", database_options())])
+@pytest.mark.parametrize(
+    ("group", "options"), [("pkcs11", pkcs11_options()), ("kmip", kmip_options()), ("database", database_options())]
+)
 def test_a_group_s_modules_accept_all_its_options(group, options, monkeypatch):
     for name in GROUPS[group]:
         spec, dummy = spec_of(name, monkeypatch)
@@ -72,6 +74,7 @@ def test_a_group_s_modules_accept_all_its_options(group, options, monkeypatch):
 def test_a_module_that_takes_a_group_s_options_is_in_the_group(name, monkeypatch):
     spec, dummy = spec_of(name, monkeypatch)
     assert (name in GROUPS["pkcs11"]) == (set(pkcs11_options()) <= set(spec))
+    assert (name in GROUPS["kmip"]) == (set(kmip_options()) <= set(spec))
     assert (name in GROUPS["database"]) == ("engine" in spec)
 
 

@@ -15,7 +15,7 @@ from ..common.files import read_private
 from ..common.run import run_program
 from ..common.secret import Secret
 from ..engines.record import Record, Token
-from ..keystore.store import PassphraseCredential, TokenCredential
+from ..keystore.store import KmipCredential, PassphraseCredential, TokenCredential
 from ..pkcs11.library import LibraryAccess
 from ..pkcs11.registry import same_serial
 from ..pkcs11.resting import resting_pins
@@ -23,6 +23,10 @@ from ..pkcs11.token import TokenAccess, TokenSelector
 
 #: Longer than any PIN or passphrase that a person or a password safe gives.
 _MAX_BYTES = 64 << 10
+
+
+if t.TYPE_CHECKING:
+    from ..kmip.access import KmipAccess
 
 
 class TokenName(t.NamedTuple):
@@ -49,10 +53,11 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Credential:
-    """One try: a token with its PIN, a passphrase, or both."""
+    """One try: a token with its PIN, a passphrase, a KMIP service, or several of them."""
 
     access: TokenAccess | None = None
     passphrase: Secret | None = None
+    kmip: KmipAccess | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,10 +131,15 @@ def choose_token(record: Record, on: t.Sequence[TokenName], label: str | None) -
     )
 
 
-def tries(record: Record, on: t.Sequence[TokenName], stated: Given, *, may_ask: bool = True) -> list[Credential]:
+def tries(
+    record: Record, on: t.Sequence[TokenName], stated: Given, *, services: t.Sequence[str] = (), may_ask: bool = True
+) -> list[Credential]:
     """The credentials to try, in order; more than one only while a PIN change is unfinished.
 
-    :param on: as :func:`choose_token` takes them.
+    A KMIP service needs no secret but the client's key, a file of this host: where keyslots are at one that the record
+    names, nobody is asked for anything.
+
+    :param on: as :func:`choose_token` takes them; :param services: the KMIP services of the keyslots, likewise.
     :param may_ask: somebody at a terminal may be asked.
     :raises TdeError: ``pin_source_missing``, those of reading the source.
     """
@@ -138,7 +148,15 @@ def tries(record: Record, on: t.Sequence[TokenName], stated: Given, *, may_ask: 
         passphrase = _ask(f"Passphrase for cluster {record.cluster}: ", record, may_ask)
     if passphrase is not None and stated.pin is None:
         return [Credential(passphrase=passphrase)]
+    kmip = next((found for found in map(record.service, services) if found), None)
     token = choose_token(record, on, stated.token)
+    if (
+        kmip
+        and stated.pin is None
+        and stated.token is None
+        and (token is None or record.pin_source.get("kind", "none") == "none")
+    ):
+        return [Credential(kmip=kmip)]
     if token is None:
         if stated.pin is not None:
             raise TdeError(
@@ -153,7 +171,9 @@ def tries(record: Record, on: t.Sequence[TokenName], stated: Given, *, may_ask: 
     selector = TokenSelector(label=token.label, serial=token.serial or None)
     return [
         # After a refused try the token counts it; the second PIN of an unfinished change is the one it had before.
-        Credential(TokenAccess(library, selector, pin, allow_low_pin_count=stated.allow_low_pin_count or number > 0), passphrase)
+        Credential(
+            TokenAccess(library, selector, pin, allow_low_pin_count=stated.allow_low_pin_count or number > 0), passphrase, kmip
+        )
         for number, pin in enumerate(pins)
     ]
 
@@ -195,8 +215,10 @@ def from_source(record: Record) -> list[Secret]:
     return [one_line(raw, f"credential {name}")]
 
 
-def source_words(record: Record, stated: Given) -> str:
-    """Where the credential came from."""
+def source_words(record: Record, stated: Given, found: t.Sequence[Credential] = ()) -> str:
+    """Where the credentials that were found came from."""
+    if found and found[0].kmip and found[0].access is None:
+        return f"{found[0].kmip.words()} takes this host's certificate {found[0].kmip.certificate}; nobody needs to be asked"
     if stated.pin is not None or stated.passphrase is not None:
         return "given on a file descriptor"
     return f"{record.pin_source.get('kind')} {record.pin_source.get('path', '')} can be read"
@@ -240,13 +262,15 @@ def ask(prompt: str, obj: str) -> Secret:
     return one_line(getpass.getpass(prompt).encode(), "what was typed")
 
 
-def for_keystore(credential: Credential) -> TokenCredential | PassphraseCredential:
+def for_keystore(credential: Credential) -> TokenCredential | KmipCredential | PassphraseCredential:
     """A credential as the keystore takes it.
 
-    :raises ValueError: neither token nor passphrase.
+    :raises ValueError: neither token nor service nor passphrase.
     """
     if credential.access is not None:
         return TokenCredential(credential.access)
+    if credential.kmip is not None:
+        return KmipCredential(credential.kmip)
     if credential.passphrase is None:
         raise ValueError("an empty credential")
     return PassphraseCredential(credential.passphrase)

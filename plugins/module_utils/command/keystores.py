@@ -64,10 +64,24 @@ def keyslot_tokens(state: StateDirectory, cluster: str) -> list[credentials.Toke
     return sorted(found, key=lambda name: (len(found[name][1]) < len(keys), not found[name][0]))
 
 
+def keyslot_services(state: StateDirectory, cluster: str) -> list[str]:
+    """The KMIP services under each of which every data key of the cluster is."""
+    keys = KeyStore(state, cluster).describe()
+    under = [{slot["kmip_service"] for slot in key["keyslots"] if slot["protection"] == "kmip"} for key in keys]
+    return sorted(set.intersection(*under)) if under else []
+
+
 def engine_of(state: StateDirectory, record: records.Record, credential: credentials.Credential | None = None) -> Engine:
     """The cluster's engine, with what opens its keyslots."""
     credential = credential or credentials.Credential()
-    request = Request(state, record.cluster, record.options, access=credential.access, passphrase=credential.passphrase)
+    request = Request(
+        state,
+        record.cluster,
+        record.options,
+        access=credential.access,
+        passphrase=credential.passphrase,
+        kmip=credential.kmip,
+    )
     return engines.load(record.engine)(request)
 
 
@@ -155,10 +169,10 @@ def tries_of(
         return [credentials.Credential()]
     if how == "passphrase":
         return credentials.passphrases(record, stated, may_ask=may_ask)
-    on = keyslot_tokens(state, record.cluster)
+    on, services = keyslot_tokens(state, record.cluster), keyslot_services(state, record.cluster)
     if how == "token":
         on = [credentials.TokenName(token.label, token.serial) for token in record.tokens]
-    return credentials.tries(record, on, stated, may_ask=may_ask)
+    return credentials.tries(record, on, stated, services=services, may_ask=may_ask)
 
 
 def after_start(state: StateDirectory, cluster: str) -> bool:
@@ -243,7 +257,8 @@ def _status_line(cluster: str, facts: Facts) -> str:
 
 
 def _slot(slot: t.Mapping[str, t.Any]) -> str:
-    return f"{slot['name']} ({'token ' + slot['token_label'] if slot['protection'] == 'token' else slot['protection']})"
+    where = {"token": f" {slot['token_label']}", "kmip": f" {slot['kmip_service']}"}.get(slot["protection"], "")
+    return f"{slot['name']} ({slot['protection']}{where})"
 
 
 def _source(source: t.Mapping[str, str]) -> str:

@@ -14,6 +14,23 @@ def state_options() -> dict[str, t.Any]:
     return {"state_directory": {"type": "path", "default": DEFAULT_PATH}}
 
 
+def kmip_service_options() -> dict[str, t.Any]:
+    """How to reach one KMIP service (the dictionary ``kmip`` of a keyslot; with a prefix, :func:`kmip_options`)."""
+    return {
+        "service": {"type": "str"},
+        "servers": {"type": "list", "elements": "str"},
+        "ca": {"type": "path"},
+        "certificate": {"type": "path"},
+        "certificate_key": {"type": "path", "no_log": False},
+        "timeout": {"type": "float"},
+    }
+
+
+def kmip_options() -> dict[str, t.Any]:
+    """How to reach one KMIP service (fragment ``hsm.tde.kmip``, action group ``hsm.tde.kmip``)."""
+    return {**{f"kmip_{name}": option for name, option in kmip_service_options().items()}, **state_options()}
+
+
 def pkcs11_options() -> dict[str, t.Any]:
     """How to reach one token (fragment ``hsm.tde.pkcs11``, action group ``hsm.tde.pkcs11``)."""
     return {

@@ -18,6 +18,7 @@ from ..common.secret import Secret
 from ..common.state import StateDirectory
 
 if t.TYPE_CHECKING:
+    from ..kmip.access import KmipAccess
     from ..pkcs11.token import TokenAccess
     from ..storage.proof import ProofTarget
 
@@ -38,15 +39,17 @@ class Connection:
 class SlotWish:
     """A keyslot wished for.
 
-    :param protection: ``token`` or ``passphrase``.
+    :param protection: ``token``, ``passphrase`` or ``kmip``.
     :param access: the token, for the protection ``token``.
     :param passphrase: for the protection ``passphrase``; None if it was not given.
+    :param kmip: the service, for the protection ``kmip``.
     """
 
     name: str
     protection: str
     access: TokenAccess | None = None
     passphrase: Secret | None = None
+    kmip: KmipAccess | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Request:
     :param options: the engine's own dictionary, its defaults applied.
     :param access: the token of the options at top level, or None if neither library nor token was given.
     :param passphrase: opens keyslots under a passphrase.
+    :param kmip: the KMIP service of the options at top level, or of the cluster's record; None if neither names one.
     """
 
     state: StateDirectory
@@ -64,6 +68,7 @@ class Request:
     connection: Connection = Connection()
     access: TokenAccess | None = None
     passphrase: Secret | None = None
+    kmip: KmipAccess | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +202,8 @@ class Engine(abc.ABC):
     algorithms: t.ClassVar[t.Sequence[str]] = ("AES256",)
     #: Whether its keystore is opened in the running server, so that the boot opens it after the database, not before.
     opens_after_start: t.ClassVar[bool] = False
+    #: Whether its server asks a command for its key, as its own user: then nothing is opened at boot.
+    asks_command: t.ClassVar[bool] = False
 
     def __init__(self, request: Request) -> None:
         self.request = request

@@ -16,7 +16,17 @@ from ..common.journal import Journal
 from ..common.plan import Handlers, Plan, Step
 from ..keystore import recorded
 from ..keystore.passphrase import check_length
-from ..keystore.store import KeyStore, PassphraseCredential, PassphraseSlot, TokenCredential, TokenSlot
+from ..keystore.store import (
+    KeyStore,
+    KmipCredential,
+    KmipSlot,
+    PassphraseCredential,
+    PassphraseSlot,
+    TokenCredential,
+    TokenSlot,
+)
+from ..kmip import kek as kmip_kek
+from ..kmip.client import Client
 from ..pkcs11.envelope import COMPANION, load_kek
 from ..pkcs11.kek import check_kek, create_kek
 from ..pkcs11.keys import KeyRef
@@ -24,12 +34,13 @@ from ..pkcs11.library import load
 from ..pkcs11.registry import Registry
 from ..pkcs11.token import TokenAccess, find, open_session
 from .base import Request, SlotWish
-from .keyslots import PASSPHRASE, TOKEN, Kek, Key, Slot, Token, Wanted, current_label, remembered
+from .keyslots import KMIP, PASSPHRASE, TOKEN, Kek, Key, Slot, Token, Wanted, current_label, remembered
 from .record import Token as RecordedToken
 
 if t.TYPE_CHECKING:
     from ..keystore.store import Credential, DataKey
     from ..keystore.store import Slot as StoreSlot
+    from ..kmip.access import KmipAccess
 
 #: Why a token may not answer on a host where the tasks before this one were only planned.
 _NOT_YET = (
@@ -45,6 +56,8 @@ _NOT_YET = (
 
 def _slot(facts: t.Mapping[str, t.Any]) -> Slot:
     token = Token.of(facts["token_label"], facts["token_serial"] or "") if facts["token_label"] is not None else None
+    if facts["kmip_service"] is not None:
+        token = Token.service(facts["kmip_service"])
     return Slot(
         name=facts["name"],
         uid=facts["uid"],
@@ -55,6 +68,7 @@ def _slot(facts: t.Mapping[str, t.Any]) -> Slot:
         kek_label=facts["kek_label"] or "",
         kek_id=facts["kek_id"] or "",
         kek_kcv=facts["kek_kcv"] or "",
+        kek_leaves_server=facts["kek_leaves_server"] == "yes",
     )
 
 
@@ -78,10 +92,17 @@ def read_keys(store: KeyStore) -> list[Key]:
 def read_keks(registry: Registry, cluster: str) -> list[Kek]:
     """The master keys that the host remembers for a cluster, in the order in which they were made."""
     return [
-        Kek(Token.of(entry["token_label"], entry["token_serial"]), entry["label"], entry["since"], entry["id"])
+        Kek(_token_of(entry), entry["label"], entry["since"], entry["id"])
         for entry in registry.keys()  # noqa: SIM118 - a registry is no dictionary
         if entry["cluster"] == cluster and not entry["label"].endswith(COMPANION)
     ]
+
+
+def _token_of(entry: t.Mapping[str, str]) -> Token:
+    """Where the key of a registry's entry lies."""
+    if entry["cls"] == kmip_kek.CLASS:
+        return Token.service(entry["token_label"])
+    return Token.of(entry["token_label"], entry["token_serial"])
 
 
 class Keyring:
@@ -181,12 +202,46 @@ class Keyring:
         """The keyslots wished for, with the master keys that they are, or would be, under."""
         found = []
         for wish in self.wishes:
-            if wish.protection != TOKEN or wish.access is None:
+            token = self._place(wish)
+            if token is None:
                 found.append(Wanted(wish.name, wish.protection))
                 continue
-            token = self.token(wish.access)
-            found.append(Wanted(wish.name, TOKEN, token, current_label(self.request.cluster, token, self.keys, self.keks)))
+            label = current_label(self.request.cluster, token, self.keys, self.keks)
+            found.append(Wanted(wish.name, wish.protection, token, label))
         return found
+
+    def _place(self, wish: SlotWish) -> Token | None:
+        """Where the master key of a keyslot wished for lies; None under a passphrase, or where the task does not say."""
+        if wish.protection == KMIP and wish.kmip:
+            return Token.service(wish.kmip.service)
+        return self.token(wish.access) if wish.protection == TOKEN and wish.access else None
+
+    def same_as_before(self) -> None:
+        """Wish for the keyslots of the data keys that there are, with the task's credentials; for ``primary`` if there are none."""
+        request = self.request
+        slots = {slot.name: slot for key in self.keys for slot in key.slots}
+        self.wishes = [
+            SlotWish(slot.name, PASSPHRASE, passphrase=request.passphrase)
+            if slot.protection == PASSPHRASE
+            else SlotWish(slot.name, slot.protection, access=request.access)
+            if slot.protection == TOKEN
+            else SlotWish(slot.name, slot.protection, kmip=request.kmip)
+            for slot in slots.values()
+        ] or [default_wish(request)]
+
+    def rotate_in(self, keyslot: str) -> Token:
+        """Take the task's token, or its KMIP service where the keyslot is under one, as the wish for a keyslot.
+
+        :returns: where its master key is, or is to be.
+        :raises TdeError: ``invalid_option`` if the task names neither.
+        """
+        protections = {slot.protection for key in self.keys for slot in key.named(keyslot)}
+        wish = default_wish(self.request, keyslot, prefer=KMIP if KMIP in protections else TOKEN)
+        token = self._place(wish)
+        if token is None:
+            raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
+        self.wishes = [wish]
+        return token
 
     def log_in(self, wanted: t.Iterable[Wanted], *, needed: bool = False) -> None:
         """Log in where a PIN was given, and see that the master keys which must exist do; each token once.
@@ -195,8 +250,16 @@ class Keyring:
         :raises TdeError: ``key_unreachable``, and what the login answers.
         """
         for one in wanted:
-            access = self.wish(one.name).access
+            wish = self.wish(one.name)
+            access = wish.access
             index = (one.token, one.kek_label)
+            if one.token and wish.kmip and index not in self._checked:
+                with Client(wish.kmip) as client:
+                    if remembered(one.kek_label, one.token, self.keys, self.keks):
+                        kmip_kek.load_kek(client, kmip_kek.KekRef(one.kek_label, self._kek_id(one.token, one.kek_label)))
+                    # A server that does not answer is told before the first step.
+                    client.locate(one.kek_label)
+                self._checked.add(index)
             if not (one.token and access and (access.pin or needed)) or index in self._checked or one.token in self._coming:
                 continue
             with open_session(access, self.request.state) as session:
@@ -266,7 +329,10 @@ class Keyring:
         self._not_of_another_cluster(plan)
         self.log_in((one for one in self.wanted() if one.name in names), needed=True)
         for step in plan:
-            if step.action == "create_kek":
+            if step.action == "create_kek" and step.data["protection"] == KMIP:
+                with Client(established(self.wish(step.data["name"]).kmip, "the KMIP service")) as client:
+                    kmip_kek.standing(client, step.data["kek_label"], self.registry, self.journal)
+            elif step.action == "create_kek":
                 with open_session(established(self.wish(step.data["name"]).access, "the token"), self.request.state) as session:
                     check_kek(session, step.data["kek_label"], registry=self.registry, journal=self.journal)
         if any(step.action == "create_data_key" for step in plan):
@@ -279,9 +345,9 @@ class Keyring:
         for step in plan:
             if step.action != "create_kek":
                 continue
-            token = Token(step.data["token_label"], step.data["token_serial"])
+            token = Token(step.data["token_label"], step.data["token_serial"], step.data["protection"])
             for entry in self.registry.keys():  # noqa: SIM118 - a registry is no dictionary
-                same = entry["label"] == step.data["kek_label"] and Token.of(entry["token_label"], entry["token_serial"]) == token
+                same = entry["label"] == step.data["kek_label"] and _token_of(entry) == token
                 if same and entry["cluster"] not in ("", self.request.cluster):
                     raise TdeError(
                         "invalid_option",
@@ -301,6 +367,13 @@ class Keyring:
             )
         if wish.protection == PASSPHRASE:
             check_length(PassphraseSlot(name, self._passphrase(wish)))
+        if wish.protection == KMIP and wish.kmip is None:
+            raise TdeError(
+                "credential_missing",
+                "no KMIP server was named",
+                obj=f"keyslot {name}",
+                next_step="Set kmip_servers, kmip_ca, kmip_certificate and kmip_certificate_key.",
+            )
         if wish.protection == TOKEN and wish.access is None:
             raise TdeError(
                 "credential_missing", "no token was named", obj=f"keyslot {name}", next_step="Set library, token_label and pin."
@@ -327,8 +400,14 @@ class Keyring:
         for secret in [self.request.passphrase, *(wish.passphrase for wish in self.wishes)]:
             if secret and secret not in secrets:
                 secrets.append(secret)
-        tokens = [TokenCredential(access) for access in accesses if access.pin or not secrets]
-        return [*tokens, *(PassphraseCredential(secret) for secret in secrets)]
+        services = self.services()
+        tokens = [TokenCredential(access) for access in accesses if access.pin or not (secrets or services)]
+        return [*tokens, *map(KmipCredential, services), *map(PassphraseCredential, secrets)]
+
+    def services(self) -> list[KmipAccess]:
+        """The KMIP services given, that of the options at top level first; each once. The cluster's record names them, too."""
+        given = [one for one in (self.request.kmip, *(wish.kmip for wish in self.wishes)) if one]
+        return list(dict.fromkeys(given))
 
     # --- acting
 
@@ -349,6 +428,18 @@ class Keyring:
         self.store.create()
 
     def _create_kek(self, step: Step) -> None:
+        if step.data["protection"] == KMIP:
+            with Client(established(self.wish(step.data["name"]).kmip, "the KMIP service")) as client:
+                kmip_kek.create_kek(
+                    client,
+                    step.data["kek_label"],
+                    cluster=self.request.cluster,
+                    registry=self.registry,
+                    journal=self.journal,
+                    state=self.request.state,
+                )
+            self.keks = read_keks(self.registry, self.request.cluster)
+            return
         access = established(self.wish(step.data["name"]).access, "the token")
         with open_session(access, self.request.state, rw=True) as session:
             info = session.token
@@ -378,19 +469,22 @@ class Keyring:
         secret = self._passphrase(wish)
         if wish.protection == PASSPHRASE:
             return PassphraseSlot(name, secret)
-        access = established(wish.access, "the token")
-        token = self.token(access)
+        token = established(self._place(wish), "where the master key lies")
         label = step.data.get("kek_label") or current_label(self.request.cluster, token, self.keys, self.keks)
-        return TokenSlot(name, access, self._kek(token, label))
+        if wish.kmip:
+            return KmipSlot(name, wish.kmip, kmip_kek.KekRef(label, self._kek_id(token, label)))
+        return TokenSlot(name, established(wish.access, "the token"), self._kek(token, label))
 
     def _kek(self, token: Token, label: str) -> KeyRef:
+        return KeyRef(label, bytes.fromhex(self._kek_id(token, label)))
+
+    def _kek_id(self, token: Token, label: str) -> str:
+        """A master key's id: CKA_ID in hex, or the KMIP server's unique identifier."""
         ids = [kek.id for kek in self.keks if (kek.token, kek.label) == (token, label)]
         ids += [slot.kek_id for key in self.keys for slot in key.slots if (slot.token, slot.kek_label) == (token, label)]
         if not ids:
-            raise TdeError(
-                "key_unreachable", "nothing on this host tells its id", obj=f"master key {label} in token {token.label}"
-            )
-        return KeyRef(label, bytes.fromhex(ids[0]))
+            raise TdeError("key_unreachable", "nothing on this host tells its id", obj=f"master key {label} {token.where}")
+        return ids[0]
 
     def recorded_tokens(self) -> list[RecordedToken]:
         """How the tokens of the credentials are reached, for the cluster's record."""
@@ -400,6 +494,16 @@ class Keyring:
                 token = self.token(access)
                 found.append(RecordedToken(access.library.path, dict(access.library.environment), token.label, token.serial))
         return found
+
+
+def default_wish(request: Request, name: str = "primary", prefer: str = TOKEN) -> SlotWish:
+    """The keyslot that a task means which lists none: in its token, or at its KMIP service if it names no token.
+
+    :param prefer: which of the two, if it names both.
+    """
+    if request.kmip and (prefer == KMIP or request.access is None):
+        return SlotWish(name, KMIP, kmip=request.kmip)
+    return SlotWish(name, TOKEN, access=request.access)
 
 
 def void(_answer: object) -> None:

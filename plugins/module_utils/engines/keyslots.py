@@ -18,19 +18,34 @@ from ..pkcs11.registry import same_serial
 
 TOKEN = "token"  # noqa: S105 - the name of a protection
 PASSPHRASE = "passphrase"  # noqa: S105 - the name of a protection
+KMIP = "kmip"
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token by what a key file names it. Made by :meth:`of`, so that two can be compared."""
+    """Where master keys lie, by what a key file names it: a PKCS#11 token, or a KMIP service by its name (no serial number).
+
+    Made by :meth:`of` or :meth:`service`, so that two can be compared. :param protection: of the keyslots under such a key.
+    """
 
     label: str
     serial: str
+    protection: str = TOKEN
 
     @classmethod
     def of(cls, label: str, serial: str) -> Token:
         """The token of a label and a serial number; one that identifies nothing counts as none."""
         return cls(label, "" if same_serial(serial, "") else serial)
+
+    @classmethod
+    def service(cls, name: str) -> Token:
+        """The KMIP service of a name."""
+        return cls(name, "", KMIP)
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"in token {self.label}" if self.protection == TOKEN else f"at KMIP service {self.label}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,7 @@ class Slot:
 
     :param created: UTC, ISO 8601; :param proved: when it first gave the data key back, None if it has not.
     :param token: where its KEK lies, and which one; None and empty under a passphrase.
+    :param kek_leaves_server: its KEK is got from a KMIP server for each use.
     :param opens: whether the credential given for it opens it; None if none was tried.
     """
 
@@ -51,6 +67,7 @@ class Slot:
     kek_label: str = ""
     kek_id: str = ""
     kek_kcv: str = ""
+    kek_leaves_server: bool = False
     opens: bool | None = None
 
 
@@ -141,8 +158,14 @@ def in_use(kek: Kek, keys: t.Sequence[Key], keks: t.Sequence[Kek]) -> bool:
 
 def create_kek(label: str, token: Token, slot: str, why: str) -> Step:
     """The step that makes a master key for a keyslot."""
-    data = {"kek_label": label, "name": slot, "token_label": token.label, "token_serial": token.serial}
-    return Step("create_kek", f"master key {label} in token {token.label}", why, data)
+    data = {
+        "kek_label": label,
+        "name": slot,
+        "token_label": token.label,
+        "token_serial": token.serial,
+        "protection": token.protection,
+    }
+    return Step("create_kek", f"master key {label} {token.where}", why, data)
 
 
 def master_keys(keys: t.Sequence[Key], keks: t.Sequence[Kek], wanted: t.Sequence[Wanted], plan: Plan) -> Plan:
@@ -158,7 +181,7 @@ def master_keys(keys: t.Sequence[Key], keks: t.Sequence[Kek], wanted: t.Sequence
 
 
 def _words(slot: Wanted | Slot) -> str:
-    return f"under {slot.kek_label} in token {slot.token.label}" if slot.token else "under a passphrase"
+    return f"under {slot.kek_label} {slot.token.where}" if slot.token else "under a passphrase"
 
 
 def add(key_id: str, wanted: Wanted, why: str) -> Plan:
@@ -282,7 +305,7 @@ def rotate(
     for key in keys:
         there = key.named(slot)
         keep = _best([one for one in there if one.kek_label == target])
-        wanted = Wanted(slot, TOKEN, token, target)
+        wanted = Wanted(slot, token.protection, token, target)
         if keep is None:
             plan += add(key.key_id, wanted, f"is {_words(there[0])}")
             there = [one for one in there if one.proved]
@@ -298,7 +321,7 @@ def _check_rotatable(keys: t.Sequence[Key], slot: str, token: Token) -> None:
         obj = f"keyslot {slot} of data key {key.key_id}"
         if not there:
             raise TdeError("keyslot_absent", "does not exist", obj=obj)
-        if any(one.protection != TOKEN for one in there):
+        if any(one.protection == PASSPHRASE for one in there):
             raise TdeError(
                 "rotation_unsupported",
                 "is under a passphrase, which has no master key to rotate",
@@ -309,9 +332,9 @@ def _check_rotatable(keys: t.Sequence[Key], slot: str, token: Token) -> None:
         if elsewhere:
             raise TdeError(
                 "keyslot_on_other_token",
-                f"lies in token {elsewhere.label}, not in {token.label}",
+                f"lies {elsewhere.where}, not {token.where}",
                 obj=obj,
-                next_step="Name that token; or move the keyslot first, with tde_keystore and keyslots.",
+                next_step="Name that one; or move the keyslot first, with tde_keystore and keyslots.",
             )
 
 

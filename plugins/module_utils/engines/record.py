@@ -9,12 +9,13 @@
      "file_system": "c0ffee",                what lay at the mount point then
      "tokens": [{"library": "/usr/lib/softhsm/libsofthsm2.so", "environment": {"SOFTHSM2_CONF": "..."},
                  "label": "demo", "serial": "0a1b"}],
+     "kmip": [{"service": "kmip", "servers": ["kms1.example.com"], "ca": "...", "certificate": "...", "key": "...", "timeout": 10.0}],
      "places": [{"key_id": "cluster", "path": "/srv/tde/data", "mount_point": "/srv/tde", "image": null,
                  "file_system": "c0ffee", "made": true, "begun": true, "filled": true}],
      "pin_source": {"kind": "file", "path": "/etc/hsm-tde/pin"}}
 
-A library path stands here and never in the store: who can write the store must not choose the code that root
-loads. A place is ``made`` once its directory was encrypted and handed to the server; from then on, a place that
+A library path and a server's address stand here and never in the store: who can write the store must not choose the
+code that root loads, nor whom it believes. A place is ``made`` once its directory was encrypted and handed to the server; from then on, a place that
 does not show is unreachable, never new.
 """
 
@@ -26,6 +27,7 @@ import typing as t
 
 from ..common.errors import TdeError
 from ..common.state import StateDirectory, read_json, write_json
+from ..kmip.access import KmipAccess, from_record
 
 VERSION = 1
 
@@ -75,6 +77,7 @@ class Record:
     options: t.Mapping[str, t.Any] = dataclasses.field(default_factory=dict)
     file_system: str = ""
     tokens: tuple[Token, ...] = ()
+    kmip: tuple[KmipAccess, ...] = ()
     places: tuple[Place, ...] = ()
     pin_source: t.Mapping[str, str] = dataclasses.field(default_factory=lambda: {"kind": "none"})
 
@@ -92,9 +95,19 @@ class Record:
         others = tuple(one for one in self.tokens if (one.label, one.serial) != (token.label, token.serial))
         return dataclasses.replace(self, tokens=tuple(sorted((*others, token), key=lambda one: (one.label, one.serial))))
 
+    def service(self, name: str | None) -> KmipAccess | None:
+        """The KMIP service of a name; None for the only one there is."""
+        named = [one for one in self.kmip if name in (None, one.service)]
+        return named[0] if len(named) == 1 else None
+
+    def with_service(self, access: KmipAccess) -> Record:
+        """The record with a KMIP service added, or what it says of it replaced."""
+        others = tuple(one for one in self.kmip if one.service != access.service)
+        return dataclasses.replace(self, kmip=tuple(sorted((*others, access), key=lambda one: one.service)))
+
     def public(self) -> dict[str, t.Any]:
         """The record as plain data, as it is written."""
-        return {"version": VERSION, **dataclasses.asdict(self)}
+        return {"version": VERSION, **dataclasses.asdict(self), "kmip": [one.stored() for one in self.kmip]}
 
 
 def _damaged(path: str, reason: str) -> TdeError:
@@ -115,6 +128,8 @@ def parse(content: t.Any, path: str) -> Record:
             options=dict(content["options"]),
             file_system=content["file_system"],
             tokens=tuple(Token(**token) for token in content["tokens"]),
+            # Records of clusters that never used one may lack it.
+            kmip=tuple(from_record(one) for one in content.get("kmip", ())),
             places=tuple(Place(**place) for place in content["places"]),
             pin_source=dict(content["pin_source"]),
         )

@@ -9,9 +9,11 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.secret import secret_from_option
 from ..common.state import StateDirectory, check_name
+from ..kmip.access import KmipAccess, kmip_access, service_of
 from ..pkcs11.options import token_access
+from . import record as records
 from .base import Connection, KeystoreWish, MasterKeyWish, MoveWish, Request, SlotWish, TablespacesWish, TablespaceWish
-from .keyslots import PASSPHRASE
+from .keyslots import KMIP, PASSPHRASE
 
 Params = t.Mapping[str, t.Any]
 
@@ -38,7 +40,14 @@ def request(params: Params) -> Request:
         ),
         access=token_access(params, params["pin"]) if params["library"] and _names_token(params) else None,
         passphrase=secret_from_option("passphrase", params["passphrase"]),
+        kmip=_service(params),
     )
+
+
+def _service(params: Params) -> KmipAccess | None:
+    """The KMIP service of the task; what it leaves out is taken from the cluster's record."""
+    record = records.read(StateDirectory(params["state_directory"]), check_name("cluster", params["cluster"]))
+    return kmip_access(params, record.service(params["kmip_service"]) if record else None)
 
 
 def _names_token(params: Params) -> bool:
@@ -69,6 +78,8 @@ def slots(params: Params) -> tuple[SlotWish, ...] | None:
 def _slot(params: Params, item: Params) -> SlotWish:
     if item["protection"] == PASSPHRASE:
         return SlotWish(item["name"], PASSPHRASE, passphrase=secret_from_option("passphrase", item["passphrase"]))
+    if item["protection"] == KMIP:
+        return SlotWish(item["name"], KMIP, kmip=service_of(item["kmip"] or {}, _service(params)))
     merged = {**params, "library": item["library"] or params["library"]}
     pin = item["pin"]
     if any(item[name] is not None for name in _SELECTORS):

@@ -77,10 +77,10 @@ def kmip_access(params: Params, default: KmipAccess | None = None) -> KmipAccess
     named = {
         name: params.get(f"kmip_{name}") for name in ("service", "servers", "ca", "certificate", "certificate_key", "timeout")
     }
-    return merged(named, default)
+    return service_of(named, default)
 
 
-def merged(named: Params, default: KmipAccess | None) -> KmipAccess | None:
+def service_of(named: Params, default: KmipAccess | None) -> KmipAccess | None:
     """As :func:`kmip_access`, from option values without the prefix."""
     given = {"key" if name == "certificate_key" else name: value for name, value in named.items() if value is not None}
     if not given.get("servers") and default is None:

@@ -355,13 +355,13 @@ def test_a_protection_of_a_later_version_is_passed_over(store: KeyStore, monkeyp
     load = protection.load
     monkeypatch.setattr(
         "ansible_collections.hsm.tde.plugins.module_utils.keystore.keyfile.load",
-        lambda name: Later.PROTECTION if name == "kmip" else load(name),
+        lambda name: Later.PROTECTION if name == "later" else load(name),
     )
-    wish = type("S", (), {"name": "kms", "protection": "kmip", "words": lambda self: "kms"})()
+    wish = type("S", (), {"name": "kms", "protection": "later", "words": lambda self: "kms"})()
     store.add_keyslot("cluster", key, wish)
     monkeypatch.undo()
     assert store.open_key("cluster", [PRIMARY]).reveal() == key.reveal()
-    assert store.describe()[0]["keyslots"][1]["protection"] == "kmip"
+    assert store.describe()[0]["keyslots"][1]["protection"] == "later"
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o700 | 0o070])

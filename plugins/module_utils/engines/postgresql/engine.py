@@ -176,10 +176,8 @@ class Postgresql(Engine):
             self.reread()
             if self.record is None and not check:
                 self.known()
-            if self.request.access is None:
-                raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
-            ring = self.keyring([SlotWish(wish.keyslot, keyslots.TOKEN, access=self.request.access)], check)
-            token = ring.token(self.request.access)
+            ring = self.keyring([], check)
+            token = ring.rotate_in(wish.keyslot)
             ring.log_in(ring.wanted())
             rotated = wish.state == "rotated"
             today = datetime.datetime.now(datetime.timezone.utc).date()
@@ -200,7 +198,7 @@ class Postgresql(Engine):
 
             def note(result: str) -> None:
                 if rotated:
-                    obj = f"keyslot {wish.keyslot} in token {token.label}"
+                    obj = f"keyslot {wish.keyslot} {token.where}"
                     keys = [key.key_id for key in ring.keys]
                     ring.journal.append(
                         "rotate_master_key",

@@ -103,6 +103,8 @@ def keyslot_gaps(facts: Facts) -> t.Iterator[str]:
         for slot in key["keyslots"]:
             if not slot["proved"]:
                 yield f"Keyslot {slot['name']} of data key {key['key_id']} was never proved: a change was interrupted. Run it again."
+            if slot.get("kek_leaves_server"):
+                yield f"The master key of keyslot {slot['name']} of data key {key['key_id']} leaves its KMIP server for each use."
         if len(names) < len(key["keyslots"]):
             yield f"Data key {key['key_id']} has two keyslots of one name: a change was interrupted. Run it again."
         if key["key_id"] in facts["adopted"]:
@@ -124,6 +126,11 @@ def host_gaps(facts: Facts) -> t.Iterator[str]:
     )
     if software:
         yield f"Token {', '.join(software)} is software: its keys lie in files of this host, under the PIN alone."
+    for service in facts.get("kmip", ()):
+        yield (
+            f"The client's key for KMIP service {service['service']} rests in {service['key']}: whoever takes the disk, and reaches "
+            "the service before the client is struck out there, opens the data."
+        )
     source = facts["pin_source"] or {}
     if source.get("kind") == "file":
         where = "on the same file system as the store" if facts["same_disk"] else "on this host"

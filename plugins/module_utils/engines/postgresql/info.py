@@ -166,6 +166,17 @@ def server_facts(server: look.Server) -> Facts:
     }
 
 
+def _where(token: keyslots.Token | None) -> Facts:
+    """Where a master key lies; null is what does not apply."""
+    service = token.label if token and token.protection == keyslots.KMIP else None
+    named = token if token and service is None else None
+    return {
+        "token_label": named.label if named else None,
+        "token_serial": named.serial if named else None,
+        "kmip_service": service,
+    }
+
+
 def key_facts(key: keyslots.Key, today: datetime.date) -> Facts:
     """A data key with its keyslots, as ``data_keys`` lists it."""
     return {
@@ -177,8 +188,8 @@ def key_facts(key: keyslots.Key, today: datetime.date) -> Facts:
                 "protection": slot.protection,
                 "proved": slot.proved is not None,
                 "age_days": (today - datetime.date.fromisoformat(slot.created[:10])).days,
-                "token_label": slot.token.label if slot.token else None,
-                "token_serial": slot.token.serial if slot.token else None,
+                **_where(slot.token),
+                "kek_leaves_server": slot.kek_leaves_server if slot.protection == keyslots.KMIP else None,
                 "master_key": slot.kek_label or None,
                 "master_key_check_value": slot.kek_kcv or None,
             }
@@ -194,8 +205,7 @@ def master_keys(keys: t.Sequence[keyslots.Key], keks: t.Sequence[keyslots.Kek], 
         {
             "label": kek.label,
             "id": kek.id,
-            "token_label": kek.token.label,
-            "token_serial": kek.token.serial,
+            **_where(kek.token),
             "age_days": keyslots.age(kek.label, kek.token, keys, keks, today),
             "current": keyslots.in_use(kek, keys, keks),
         }
@@ -237,6 +247,7 @@ def collect(engine: Postgresql) -> Facts:
         "coverage": options.coverage if record else None,
         "pin_source": dict(record.pin_source) if record else None,
         "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
+        "kmip": [service.stored() for service in record.kmip] if record else [],
         "master_keys": master_keys(keys, keks, today),
         "data_keys": [key_facts(key, today) for key in keys],
         "adopted": tried(problems, store.adopted, []),

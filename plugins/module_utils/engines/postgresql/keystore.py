@@ -16,8 +16,8 @@ from ...pkcs11.resting import leftovers, resting_pins
 from ...storage import image, image_acts
 from .. import keyslots
 from .. import record as records
-from ..base import KeystoreWish, Outcome, SlotWish
-from ..keyring import Keyring
+from ..base import KeystoreWish, Outcome
+from ..keyring import Keyring, default_wish
 from . import look, plan, public
 from . import server as servers
 from .options import check_present
@@ -47,9 +47,7 @@ class Keystore:
         check_present(self.engine.options)
         user = self.engine.options.user()
         wish = self.wish
-        wishes = (
-            wish.slots if wish.slots is not None else [SlotWish("primary", keyslots.TOKEN, access=self.engine.request.access)]
-        )
+        wishes = wish.slots if wish.slots is not None else [default_wish(self.engine.request)]
         ring = self.engine.keyring(wishes, self.check)
         acts = self.engine.acts(ring)
         ring.log_in(ring.wanted())
@@ -152,6 +150,8 @@ class Keystore:
         after = before
         for token in ring.recorded_tokens():
             after = after.with_token(token)
+        for service in ring.services():
+            after = after.with_service(service)
         source = dict(before.pin_source)
         if self.wish.pin_source is not None:
             source = {name: value for name, value in self.wish.pin_source.items() if value is not None}
@@ -190,7 +190,7 @@ class Keystore:
         return {
             "cluster": self.engine.request.cluster,
             "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
-            "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in ring.keks],
+            "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
             "start_required": create and server.postmaster is None,
         }
 

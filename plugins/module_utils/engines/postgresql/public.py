@@ -19,7 +19,7 @@ Facts = t.Dict[str, t.Any]
 
 def slot_words(slot: Slot) -> str:
     """What a keyslot is under, in words."""
-    return f"{slot.kek_label} in token {slot.token.label}" if slot.token else slot.protection
+    return f"{slot.kek_label} {slot.token.where}" if slot.token else slot.protection
 
 
 def key_facts(key: Key) -> Facts:
@@ -47,7 +47,7 @@ def facts(
     """A cluster's public facts."""
     shown: Facts = {
         "data_keys": {key.key_id: key_facts(key) for key in keys},
-        "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in keks],
+        "master_keys": [f"{kek.label} {kek.token.where}" for kek in keks],
         "places": {place.key_id: place_facts(place) for place in places if place.exists},
         "record": {name: value for name, value in record.public().items() if name != "places"} if record else None,
     }
@@ -68,7 +68,7 @@ def _apply(after: Facts, step: Step) -> None:
     data = step.data
     keys, places = after.setdefault("data_keys", {}), after.setdefault("places", {})
     if step.action == "create_kek":
-        after["master_keys"] = [*after.get("master_keys", []), f"{data['kek_label']} in token {data['token_label']}"]
+        after["master_keys"] = [*after.get("master_keys", []), step.obj.removeprefix("master key ")]
     elif step.action == "create_data_key":
         keys[data["key_id"]] = {"check_value": "new", "keyslots": dict.fromkeys(data["slots"], "new")}
     elif step.action == "add_keyslot" and data["key_id"] in keys:

@@ -14,7 +14,7 @@ from ...common.check import established
 from ...common.errors import TdeError
 from ...common.plan import Plan, Step
 from .. import keyslots
-from ..base import MoveWish, Outcome, SlotWish, TablespacesWish, TablespaceWish
+from ..base import MoveWish, Outcome, TablespacesWish, TablespaceWish
 from . import look, move, plan, public, sql
 
 if t.TYPE_CHECKING:
@@ -47,24 +47,11 @@ class Tablespaces:
         check_wishes(wish.items)
         self.ring = engine.keyring(wish.slots or (), check)
         if wish.slots is None:
-            self.ring.wishes = self._same_as_before()
+            self.ring.same_as_before()
         self.acts = engine.acts(self.ring)
         self.server: look.Server | None = None
         self.progress: list[Facts] = []
         self.warnings: list[str] = []
-
-    def _same_as_before(self) -> list[SlotWish]:
-        """The keyslots of the data keys that there are, with the task's credentials; ``primary`` if there are none."""
-        request = self.engine.request
-        slots = {slot.name: slot for key in self.ring.keys for slot in key.slots}
-        if not slots:
-            return [SlotWish("primary", keyslots.TOKEN, access=request.access)]
-        return [
-            SlotWish(slot.name, keyslots.PASSPHRASE, passphrase=request.passphrase)
-            if slot.protection == keyslots.PASSPHRASE
-            else SlotWish(slot.name, keyslots.TOKEN, access=request.access)
-            for slot in slots.values()
-        ]
 
     def outcome(self) -> Outcome:
         """Carry the wish out."""
