@@ -88,7 +88,7 @@ def _still(state: StateDirectory, cluster: str) -> list[Row]:
 
 def _python(record: Record) -> str:
     missing = []
-    for name in ("cryptography", "psycopg", *(("pkcs11",) if record.tokens else ())):
+    for name in ("cryptography", "psycopg", *(("pkcs11",) if record.tokens else ()), *(("kmip",) if record.kmip else ())):
         try:
             __import__(name)
         except ImportError:
@@ -156,7 +156,9 @@ def _opening(state: StateDirectory, cluster: str, stated: credentials.Given, log
         tries.extend(keystores.tries_of(state, record, stated, may_ask=False))
         if len(tries) > 1:
             raise _Note("a PIN change is unfinished: both PINs will be tried")
-        return credentials.source_words(record, stated) if how != "nothing" else "none is needed: the server asks its plugin"
+        return (
+            credentials.source_words(record, stated, tries) if how != "nothing" else "none is needed: the server asks its plugin"
+        )
 
     def waiting() -> str:
         try:
