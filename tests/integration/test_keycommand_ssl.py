@@ -136,6 +136,13 @@ def test_it_starts_with_a_key_that_only_the_token_opens_and_a_second_run_changes
         assert (again.get("failed"), again["changed"]) == (None, False), again
     closed = stopped.module("tde_keystore", state="closed")
     assert (closed["failed"], closed["error_code"]) == (True, "engine_unsupported")
+    for arguments, says in (
+        (("self-test",), b"user postgres gets the secret"),
+        (("open", "--all"), b"main: is open"),
+        (("status",), b"open"),
+    ):
+        done = stopped.host.run(*arguments, root=True)
+        assert (done.returncode, says in done.stdout) == (0, True), (done.stdout, done.stderr)
     # A reload reads the key anew, with the command.
     postgres.as_postgres(f"{stopped.server.bin}/pg_ctl", "-D", str(stopped.server.data), "reload")
     deadline = time.monotonic() + 15
@@ -192,6 +199,7 @@ def test_without_the_right_token_the_server_says_why_it_does_not_start(stopped: 
         secret = next((host.home / "state.users").rglob("secret.json"))
         secret.write_text(secret.read_text().replace('"ciphertext": "', '"ciphertext": "AAAA', 1))
     try:
+        assert stopped.host.run("self-test", root=True).returncode in (3, 4, 6, 8)
         assert not stopped.start()
         ours = [line for line in stopped.log().splitlines() if line.startswith("hsm-tde: ")]
         assert len(ours) == 1, stopped.log()
@@ -216,6 +224,15 @@ def test_the_recovery_passphrase_gives_the_secret_without_the_token(stopped: Tls
     os.close(reader)
     assert (done.returncode, done.stdout) == (0, right), done.stderr
     assert len(right) == 32
+
+
+def test_root_does_not_destroy_the_user_s_master_key(tls: TlsHost) -> None:
+    options = tls.host.softhsm.options(token_label="demo", pin=tls.host.softhsm.pin, state_directory=tls.host.state.path)
+    done = support.run_module(
+        "pkcs11_key", {**options, "keys": [{"label": "hsm-tde.main", "state": "absent", "confirm_destroy": "hsm-tde.main"}]}
+    )
+    assert (done.get("failed"), done.get("error_code")) == (True, "key_in_use"), done
+    tls.host.give(tls.host.softhsm.tokendir)
 
 
 def test_nothing_secret_is_printed_or_kept_in_the_clear(tls: TlsHost) -> None:

@@ -19,6 +19,7 @@ from ..common.files import check_parents
 from ..common.isolate import isolated
 from ..common.run import run_program
 from ..common.state import StateDirectory
+from ..engines.base import KeystoreWish
 from ..engines.record import Place, Record
 from ..keystore.store import KeyStore
 from ..pkcs11.library import load
@@ -50,8 +51,14 @@ def command(arguments: argparse.Namespace, output: Output) -> int:
     login = not arguments.no_login
 
     def act(cluster: str) -> dict[str, t.Any]:
-        rows = isolated(lambda: _still(state, cluster))
-        rows += _opening(state, cluster, stated, login)
+        record = keystores.read_record(state, cluster)
+        if engines.load(record.engine).asks_command:
+            rows = [_row("Python", functools.partial(_python, record))]
+            if login:
+                rows.append(_row("command", lambda: _asked(state, record)))
+        else:
+            rows = isolated(lambda: _still(state, cluster))
+            rows += _opening(state, cluster, stated, login)
         return {"ok": all(row["verdict"] != FAILED for row in rows), "checks": rows}
 
     results: dict[str, t.Any] = {}
@@ -84,6 +91,14 @@ def _still(state: StateDirectory, cluster: str) -> list[Row]:
     if units.booted():
         rows.append(_row("systemd", functools.partial(_systemd, cluster)))
     return rows
+
+
+def _asked(state: StateDirectory, record: Record) -> str:
+    """What the server would get that asks the command; the engine tries it as the server's user."""
+    outcome = keystores.engine_of(state, record).keystore(KeystoreWish("open"), check=False)
+    for warning in outcome.warnings:
+        raise _Note(warning)
+    return f"user {record.options.get('os_user')} gets the secret when the server asks"
 
 
 def _python(record: Record) -> str:

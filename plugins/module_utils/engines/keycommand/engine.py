@@ -18,6 +18,7 @@ from ...common.errors import TdeError
 from ...common.journal import Journal
 from ...common.plan import Plan, Step
 from ...common.secret import Secret, secret_from_option
+from ...keystore.store import KeyStore
 from ...pkcs11.library import LibraryAccess
 from ...pkcs11.registry import Registry
 from ...pkcs11.token import TokenAccess, TokenSelector
@@ -41,6 +42,7 @@ class Keycommand(Engine):
     """See the module."""
 
     name = "keycommand"
+    asks_command = True
     refuses: t.ClassVar[t.Mapping[str, str]] = {
         "close": "nothing is held open: the server asks the command at each start, and keeps the key in its own memory until it stops",
         "tablespaces": "the server encrypts its whole data directory or nothing: that was decided when initdb made it",
@@ -103,6 +105,8 @@ class Keycommand(Engine):
     def _remember(self, side: UserSide, steps: Plan, facts: Facts) -> None:
         """Root's own memory of what was done as the user: who would destroy a key asks it."""
         registry, journal = Registry(self.request.state), Journal(self.request.state.journal)
+        # Empty: the store is the user's. Where the registry names a cluster's key and no store shows, one is lost.
+        KeyStore(self.request.state, self.request.cluster).create()
         for token_label, serial, label, key_id in facts["keks"]:
             if _LABEL.fullmatch(label) and _ID.fullmatch(key_id):
                 registry.remember_key(token_label, serial, label, key_id, "secret_key", self.request.cluster)
@@ -127,6 +131,13 @@ class Keycommand(Engine):
 
     def _present(self, wish: KeystoreWish, check: bool) -> Outcome:
         side = self.side()
+        for one in wish.slots or ():
+            if one.protection not in (keyslots.TOKEN, keyslots.PASSPHRASE):
+                raise TdeError(
+                    "engine_unsupported",
+                    "the server's user has no certificate for a KMIP service: a keyslot is under token or passphrase",
+                    obj=f"keyslot {one.name} of engine {self.name}",
+                )
         wishes = wish.slots if wish.slots is not None else (SlotWish("primary", keyslots.TOKEN, access=self.request.access),)
         pin = self._pin(wishes)
         before = self.record

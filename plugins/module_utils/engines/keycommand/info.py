@@ -47,6 +47,7 @@ def collect(engine: Keycommand) -> Facts:
         "coverage": options.kind if record else None,
         "pin_source": source,
         "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
+        "kmip": [],
         "data_keys": inner["data_keys"],
         "master_keys": inner["master_keys"],
         "adopted": inner["adopted"],
