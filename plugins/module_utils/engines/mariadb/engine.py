@@ -115,7 +115,7 @@ class MariaDb(Engine):
         """A cluster's public facts."""
         shown: Facts = {
             "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
-            "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in ring.keks],
+            "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
             "record": self.record.public() if self.record else None,
         }
         if state:
@@ -212,7 +212,7 @@ def _expected(before: Facts, steps: Plan) -> Facts:
     for step in steps:
         data = step.data
         if step.action == "create_kek":
-            after["master_keys"].append(f"{data['kek_label']} in token {data['token_label']}")
+            after["master_keys"].append(step.obj.removeprefix("master key "))
         elif step.action == "create_data_key":
             keys[data["key_id"]] = {"check_value": "new", "keyslots": dict.fromkeys(data["slots"], "new")}
         elif step.action == "add_keyslot":
@@ -234,24 +234,13 @@ def _expected(before: Facts, steps: Plan) -> Facts:
     return after
 
 
-def tokens_added(record: records.Record, ring: Keyring) -> records.Record:
-    """The record, with how the tokens of the task's credentials are reached."""
+def reached(record: records.Record, ring: Keyring) -> records.Record:
+    """The record, with how the tokens and services of the task's credentials are reached."""
     for token in ring.recorded_tokens():
         record = record.with_token(token)
+    for service in ring.services():
+        record = record.with_service(service)
     return record
-
-
-def same_as_before(ring: Keyring, request: Request) -> list[SlotWish]:
-    """The keyslots of the data keys that there are, with the task's credentials; ``primary`` if there are none."""
-    slots = {slot.name: slot for key in ring.keys for slot in key.slots}
-    if not slots:
-        return [SlotWish("primary", "token", access=request.access)]
-    return [
-        SlotWish(slot.name, slot.protection, passphrase=request.passphrase)
-        if slot.protection == "passphrase"
-        else SlotWish(slot.name, slot.protection, access=request.access)
-        for slot in slots.values()
-    ]
 
 
 def with_mark(record: records.Record, mark: t.Mapping[str, t.Any]) -> records.Record:

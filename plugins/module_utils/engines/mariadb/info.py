@@ -52,6 +52,7 @@ def collect(engine: MariaDb) -> Facts:
         "coverage": "cluster" if record else None,
         "pin_source": dict(record.pin_source) if record else None,
         "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
+        "kmip": [service.stored() for service in record.kmip] if record else [],
         "master_keys": master_keys(keys, keks, today),
         "data_keys": [key_facts(key, today) for key in keys],
         "adopted": tried(problems, store.adopted, []),

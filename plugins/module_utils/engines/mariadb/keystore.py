@@ -10,12 +10,12 @@ from ...common.errors import TdeError
 from ...common.plan import Plan, Step
 from .. import bootpin, keyslots
 from .. import record as records
-from ..base import KeystoreWish, Outcome, SlotWish
-from ..keyring import Keyring
+from ..base import KeystoreWish, Outcome
+from ..keyring import Keyring, default_wish
 from ..postgresql.public import key_facts
 from . import keyfile, look, plan
 from .act import Acts
-from .engine import Facts, MariaDb, tokens_added
+from .engine import Facts, MariaDb, reached
 from .plan import Decision
 
 #: The tablespaces' keys that a keystore is made with.
@@ -43,7 +43,7 @@ class Keystore:
     def _present(self) -> Outcome:
         wish, engine = self.wish, self.engine
         self.options.account()
-        wishes = wish.slots if wish.slots is not None else [SlotWish("primary", keyslots.TOKEN, access=engine.request.access)]
+        wishes = wish.slots if wish.slots is not None else [default_wish(engine.request)]
         ring = engine.keyring(wishes, self.check)
         acts = Acts(engine.request, self.options, ring)
         ring.log_in(ring.wanted())
@@ -80,7 +80,7 @@ class Keystore:
         outcome.facts.update(
             {
                 "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
-                "master_keys": [f"{kek.label} in token {kek.token.label}" for kek in ring.keks],
+                "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
                 "start_required": not running,
             }
         )
@@ -94,7 +94,7 @@ class Keystore:
             source = {name: value for name, value in self.wish.pin_source.items() if value is not None}
         given = {**self.options.given, "data_directory": self.options.data_directory or state.data_directory or None}
         kept = {name: value for name, value in before.options.items() if name not in given}
-        after = dataclasses.replace(tokens_added(before, ring), options={**kept, **given}, pin_source=source)
+        after = dataclasses.replace(reached(before, ring), options={**kept, **given}, pin_source=source)
         return engine.record_step(after, "what the next boot needs to know")
 
     def _open(self) -> Outcome:

@@ -14,12 +14,12 @@ import typing as t
 from ...common.errors import TdeError
 from ...common.plan import Plan
 from .. import keyslots
-from ..base import MasterKeyWish, Outcome, SlotWish
+from ..base import MasterKeyWish, Outcome
 from ..keyring import Keyring
 from ..postgresql.public import key_facts
 from . import keyfile, look, plan
 from .act import Acts
-from .engine import Facts, MariaDb, same_as_before, with_mark
+from .engine import Facts, MariaDb, with_mark
 from .plan import MARK, Decision
 
 #: Of the master key and the mark; the data keys come when these are done, so that they are under the new master key.
@@ -38,12 +38,8 @@ class Rotation:
         self.check = check
         if engine.record is None and not check:
             engine.known()
-        access = engine.request.access
-        if access is None:
-            raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
-        self.slot = SlotWish(wish.keyslot, keyslots.TOKEN, access=access)
-        self.ring: Keyring = engine.keyring([self.slot], check)
-        self.token = self.ring.token(access)
+        self.ring: Keyring = engine.keyring([], check)
+        self.token = self.ring.rotate_in(wish.keyslot)
         self.today = datetime.datetime.now(datetime.timezone.utc).date()
         self.acts = Acts(engine.request, engine.options, self.ring)
 
@@ -51,14 +47,13 @@ class Rotation:
         """Carry the wish out."""
         ring, engine = self.ring, self.engine
         ring.log_in(ring.wanted())
-        others = [one for one in same_as_before(ring, engine.request) if one.name != self.wish.keyslot]
-        ring.wishes = [self.slot, *others]
-        rotates = self.wish.state == "rotated" and not self.check
-        if rotates:
-            self._note("begun")
+        # New data keys have all the keyslots that the others have.
+        rotated = ring.wish(self.wish.keyslot)
+        ring.same_as_before()
+        ring.wishes = [rotated, *(one for one in ring.wishes if one.name != self.wish.keyslot)]
         outcome = engine.rounds(self._decide, ring, self.acts, check=self.check, first=_FIRST)
-        if rotates:
-            self._note("done")
+        if outcome.changed and not self.check:
+            self._note()
         current = keyslots.current_label(engine.request.cluster, self.token, ring.keys, ring.keks)
         outcome.facts.update(
             {
@@ -70,11 +65,10 @@ class Rotation:
         )
         return outcome
 
-    def _note(self, result: str) -> None:
+    def _note(self) -> None:
         self.ring.journal.append(
             "rotate_master_key",
-            f"keyslot {self.wish.keyslot} in token {self.token.label}",
-            result=result,
+            f"keyslot {self.wish.keyslot} {self.token.where}",
             cluster=self.engine.request.cluster,
             tag=self.wish.tag,
             max_age=self.wish.max_age,

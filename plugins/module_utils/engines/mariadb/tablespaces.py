@@ -11,7 +11,7 @@ from .. import keyslots
 from ..base import Outcome, TablespacesWish, TablespaceWish
 from . import keyfile, plan, sql
 from .act import Acts
-from .engine import Facts, MariaDb, same_as_before
+from .engine import Facts, MariaDb
 from .plan import Decision
 
 #: What building tables anew leaves behind.
@@ -38,7 +38,7 @@ class Tablespaces:
             engine.known()
         self.ring = engine.keyring(wish.slots or (), check)
         if wish.slots is None:
-            self.ring.wishes = same_as_before(self.ring, engine.request)
+            self.ring.same_as_before()
         self.acts = Acts(engine.request, engine.options, self.ring)
         self.acts.lock_seconds = wish.lock_timeout
         self.answer: sql.Server | None = None
