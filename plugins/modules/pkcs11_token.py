@@ -39,7 +39,7 @@ options:
     description:
       - Initialise the token although it is initialised. B(Every key in it is destroyed), on each run with this option.
       - Check mode says in RV(lost) what would be lost.
-      - Refused for openCryptoki's tokens once their SO PIN was changed, because they are unusable after it.
+      - Refused for tokens of openCryptoki before 3.23 once their SO PIN was changed, because they are unusable after it.
     type: bool
     default: false
   replace_lost:

@@ -179,6 +179,8 @@ def test_a_slot_that_holds_another_token(softhsm: SoftHsm, opencryptoki: OpenCry
     assert failure(lambda: wished(softhsm, state, label="other", slot_id=slot)) == "token_initialized"
     assert failure(lambda: wished(softhsm, state, label="other", slot_id=12345)) == "token_slot_absent"
     assert failure(lambda: wished(opencryptoki, state, label="other")) == "token_slot_absent"
+    assert failure(lambda: wished(opencryptoki, state, label="other", slot_id=4)) == "token_slot_absent"
+    assert failure(lambda: wished(opencryptoki, state, label=None, slot_id=4)) == "token_slot_absent"
     assert labels(softhsm) == labels(opencryptoki) == ["demo"]
 
 
@@ -246,11 +248,25 @@ def test_initialising_again_with_the_wrong_so_pin(softhsm: SoftHsm, state: State
     assert count_keys(softhsm, state) == 1
 
 
-def test_openCryptoki_is_not_initialised_again_because_that_bricks_it(opencryptoki: OpenCryptoki, state: StateDirectory) -> None:
+def test_openCryptoki_is_not_initialised_again_where_that_bricks_it(opencryptoki: OpenCryptoki, state: StateDirectory) -> None:
     make_key(opencryptoki, state)
+    if opencryptoki.run(lambda: load(opencryptoki.library_access()).version) >= (3, 23):
+        assert wished(opencryptoki, state, force_reinitialize=True)["lost"]["objects"] == 1
+        assert count_keys(opencryptoki, state) == 0
+        assert opens(opencryptoki, state, opencryptoki.so_pin, "so")
+        return
     assert failure(lambda: wished(opencryptoki, state, force_reinitialize=True, check=True)) == "token_reinitialize_unsafe"
     assert failure(lambda: wished(opencryptoki, state, force_reinitialize=True)) == "token_reinitialize_unsafe"
     assert count_keys(opencryptoki, state) == 1
+
+
+def test_the_way_out_for_a_token_that_is_not_initialised_again(opencryptoki: OpenCryptoki, state: StateDirectory) -> None:
+    """As the error's text says: the folder aside, the shared memory away, and the token is as from the factory."""
+    make_key(opencryptoki, state)
+    (opencryptoki.home / "var/swtok").rename(opencryptoki.home / "var/aside")
+    (opencryptoki.home / "shm/var.lib.opencryptoki.swtok").unlink()
+    assert wished(opencryptoki, state)["plan"] == ALL_STEPS["factory_opencryptoki"]
+    assert count_keys(opencryptoki, state) == 0
 
 
 def test_lockout_and_unlock(opencryptoki: OpenCryptoki, state: StateDirectory) -> None:

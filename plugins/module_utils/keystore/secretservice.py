@@ -39,6 +39,8 @@ MIN_GENERATED, MAX_GENERATED = 16, 1024
 #: Why a token may not answer on a host where the tasks before this one were only planned.
 _NOT_YET = (
     "token_absent",
+    "token_slot_absent",
+    "token_slot_empty",
     "token_not_ready",
     "library_absent",
     "library_not_started",

@@ -23,11 +23,24 @@ from .keys import Reader
 from .library import LABEL_BYTES, Library, LibraryAccess, load
 from .refused import RefusedPins
 from .registry import Registry
-from .token import TokenInfo, TokenSelector, check_flags, check_pin_length, find, refused, session_on, token_in, tokens
+from .token import (
+    TokenInfo,
+    TokenSelector,
+    check_flags,
+    check_pin_length,
+    find,
+    no_token_in,
+    refused,
+    session_on,
+    token_in,
+    tokens,
+)
 
 #: What every token of openCryptoki has from the factory (its manual, "Initializing a token"): SO PIN and user PIN.
 _OPENCRYPTOKI_FACTORY = (Secret("87654321"), Secret("12345678"))
 _PIN_INCORRECT = 0xA0
+#: openCryptoki's C_InitToken after a changed SO PIN: with 3.8.1 nobody can log in any more, with 3.23 all is well (both run).
+_REINITIALIZES_SINCE = (3, 23)
 #: Seconds to wait for the child of a run that was killed (:mod:`.apart`).
 LOCK_WAIT = 2.0
 
@@ -63,6 +76,7 @@ class Found:
     :param remembered: the registry names ``token``.
     :param lost: the registry names a token of this label, and it is not this one.
     :param contents: what initialising destroys (:func:`contents`); None if nothing is destroyed.
+    :param library_version: of the library.
     """
 
     token: TokenInfo | None
@@ -70,6 +84,7 @@ class Found:
     remembered: bool
     lost: bool
     contents: dict[str, t.Any] | None = None
+    library_version: tuple[int, int] = (0, 0)
 
 
 def label_of(wish: TokenWish) -> str | None:
@@ -112,7 +127,7 @@ def inspect(library: Library, wish: TokenWish, state: StateDirectory) -> Found:
     remembered = registry.names_token(label=token.label, serial=token.serial) is not None
     if not wish.force_reinitialize:
         return Found(token, None, remembered, lost=known is not None and not remembered)
-    return Found(token, token, remembered, lost=False, contents=contents(library, token, wish, state))
+    return Found(token, token, remembered, False, contents(library, token, wish, state), library.version)
 
 
 def _locate(library: Library, selector: TokenSelector, registry: Registry | None) -> TokenInfo:
@@ -150,7 +165,9 @@ def _free_slot(library: Library, wish: TokenWish, label: str | None) -> TokenInf
             )
     if selector.slot_id is not None:
         listed = [info for info in listed if info.slot_id == selector.slot_id]
-        if listed and listed[0].initialized:
+        if not listed:
+            raise no_token_in(library, selector.slot_id, f"token {label!r}")
+        if listed[0].initialized:
             raise TdeError(
                 "token_initialized",
                 f"slot {selector.slot_id} holds the token {listed[0].label!r}",
@@ -265,12 +282,16 @@ def check(found: Found, wish: TokenWish, plan: Plan) -> None:
     info = found.slot or found.token
     if info is None or not actions & {"initialize_token", "set_so_pin", "set_user_pin", "unlock_user_pin"}:
         return
-    if "initialize_token" in actions and info.manufacturer.startswith("IBM") and not has_factory_so_pin(info):
+    unsafe = info.manufacturer.startswith("IBM") and not has_factory_so_pin(info) and found.library_version < _REINITIALIZES_SINCE
+    if "initialize_token" in actions and unsafe:
         raise TdeError(
             "token_reinitialize_unsafe",
-            "openCryptoki (seen with 3.8) initialises a token whose SO PIN was changed so that nobody can log in any more",
+            "openCryptoki {}.{} (seen with 3.8, not with 3.23) initialises a token whose SO PIN was changed so that nobody can log in "
+            "any more".format(*found.library_version),
             obj=str(info),
-            next_step="Stop pkcsslotd, move the token's folder aside and start it: the token is then as from the factory.",
+            next_step="End the programs that use it and pkcsslotd, move the token's folder (in /var/lib/opencryptoki) aside, remove its "
+            "shared memory (/dev/shm/var.lib.opencryptoki.<folder>), start pkcsslotd, and run again without force_reinitialize: the "
+            "token is then as from the factory.",
         )
     if not wish.so_pin:
         raise TdeError(

@@ -139,6 +139,12 @@ class Library:
             raise _not_started(path, ckr) from None
         self._pid = os.getpid()
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """The library's own version."""
+        major, minor = self.raw.library_version
+        return major, minor
+
     def _initialize(self) -> None:
         arguments = _InitializeArgs(flags=_CKF_OS_LOCKING_OK)
         try:

@@ -14,6 +14,7 @@ from ..common.state import StateDirectory
 from .cryptoki import CkError
 from .errors import ckr_name, error_from_ckr, translated
 from .library import Library, LibraryAccess, load, text
+from .opencryptoki import is_opencryptoki
 from .refused import RefusedPins
 from .registry import Registry, same_serial
 from .uri import Uri, parse
@@ -213,8 +214,9 @@ def find(library: Library, selector: TokenSelector, registry: Registry | None) -
     """The one initialised token that is meant.
 
     :param registry: what must exist; None to create a replacement for what is lost.
-    :raises TdeError: ``token_absent``; ``token_unreachable`` where the registry names it, where another token with
-        its label stands in its place, or where a slot did not answer; ``token_ambiguous``; ``invalid_option``.
+    :raises TdeError: ``token_absent``; ``token_slot_absent`` and ``token_slot_empty`` where a slot was named; ``token_unreachable``
+        where the registry names it, where another token with its label stands in its place, or where a slot did not answer;
+        ``token_ambiguous``; ``invalid_option``.
     """
     uris = selector.uris()
     if all(uri == Uri() for uri in uris):
@@ -245,6 +247,9 @@ def find(library: Library, selector: TokenSelector, registry: Registry | None) -
                 obj=str(selector),
                 details={"slots": {str(slot): ckr for slot, ckr in failed.items()}},
             )
+        slot_id = next((uri.slot_id for uri in uris if uri.slot_id is not None), None)
+        if slot_id is not None and all(info.slot_id != slot_id for info in listed):
+            raise no_token_in(library, slot_id, str(selector))
         raise TdeError(
             "token_absent",
             "no token matches",
@@ -258,6 +263,25 @@ def find(library: Library, selector: TokenSelector, registry: Registry | None) -
             known,
         )
     return found[0]
+
+
+def no_token_in(library: Library, slot_id: int, obj: str) -> TdeError:
+    """Why a slot that was named has no token: there is no such slot, or it is empty.
+
+    :param obj: the token that was looked for, in words.
+    """
+    with translated(f"library {library.path}"):
+        slots = library.slots(with_token=False)
+    if slot_id in slots:
+        return TdeError("token_slot_empty", f"slot {slot_id} is there and has no token in it", obj=obj)
+    return TdeError(
+        "token_slot_absent",
+        f"the library lists no slot {slot_id}; it lists {', '.join(map(str, slots)) or 'none'}",
+        obj=obj,
+        next_step="Correct slot_id. Why openCryptoki does not list a slot that is configured, hsm.tde.opencryptoki_info tells."
+        if is_opencryptoki(library.path)
+        else "",
+    )
 
 
 def _unreachable(selector: TokenSelector, reason: str, known: t.Mapping[str, str]) -> TdeError:
