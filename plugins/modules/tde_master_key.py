@@ -99,12 +99,14 @@ cluster:
   type: str
   sample: main
 master_key:
-  description: Label of the current master key.
+  description:
+    - Label of the current master key. With O(engine=fep) the server tells its name to nobody, and this is made of cluster and tag,
+      but with a plugin.
   returned: success
   type: str
   sample: hsm-tde.main.2
 age_days:
-  description: Its age.
+  description: Its age. Null where this host did not set it.
   returned: success
   type: int
   sample: 0

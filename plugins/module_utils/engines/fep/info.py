@@ -67,6 +67,7 @@ def collect(engine: Fep) -> Facts:
         "pin_source": dict(record.pin_source) if record else None,
         "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
         "master_keys": _master_keys(state, options.keystore, today, record.tokens[0] if record and record.tokens else None),
+        "kmip": [],
         "data_keys": [],
         "adopted": [],
         "places": [],
