@@ -10,7 +10,7 @@ module: kmip_key
 short_description: Create, activate, revoke and destroy keys at a KMIP server
 version_added: 0.1.0
 description:
-  - Brings a list of symmetric keys at a key management service to the wished states, over one connection.
+  - Brings a list of AES keys at a key management service to the wished states, over one connection.
   - A key is found by its name. KMIP servers may have several keys of one name; then the task fails and names their identifiers, and
     O(keys[].id) names the one that is meant.
   - Every step for every key is planned before the first is taken.
@@ -42,18 +42,14 @@ options:
           compromised: The key is no longer trusted.
           absent: The key is destroyed, which needs O(keys[].confirm_destroy). An active one is deactivated first.
         default: active
-      algorithm:
-        description: Algorithm of the key.
-        type: str
-        choices: [aes, hmac_sha256, hmac_sha512]
-        default: aes
       length:
-        description: Length in bits.
+        description: Length of the AES key in bits.
         type: int
+        choices: [128, 192, 256]
         default: 256
       usage:
         description:
-          - What the key may be used for. A new AES key may encrypt and decrypt, another generate and verify MACs, if this is not given.
+          - What the key may be used for. A new one may encrypt and decrypt, if this is not given.
           - An existing key must have exactly this usage, any if this is not given.
         type: list
         elements: str
@@ -181,9 +177,6 @@ from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.keylist import KeyList, Wish
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.keys import Spec
 
-USAGE = {"aes": ("encrypt", "decrypt")}
-MAC_USAGE = ("mac_generate", "mac_verify")
-
 SPEC = {
     "keys": {
         "type": "list",
@@ -198,8 +191,7 @@ SPEC = {
                 "choices": ["present", "active", "deactivated", "compromised", "absent"],
                 "default": "active",
             },
-            "algorithm": {"type": "str", "choices": ["aes", "hmac_sha256", "hmac_sha512"], "default": "aes"},
-            "length": {"type": "int", "default": 256},
+            "length": {"type": "int", "choices": [128, 192, 256], "default": 256},
             "usage": {
                 "type": "list",
                 "elements": "str",
@@ -245,9 +237,9 @@ def wish_of(item: t.Mapping[str, t.Any]) -> Wish:
     """One item of the option ``keys``."""
     if not item["name"].strip() or not item["name"].isprintable():
         raise TdeError("invalid_option", "must be printable and not empty", obj="option name of a key")
-    usage = tuple(item["usage"] or USAGE.get(item["algorithm"], MAC_USAGE))
+    spec = Spec(item["name"], length=item["length"])
     return Wish(
-        spec=Spec(item["name"], item["algorithm"], item["length"], usage),
+        spec=spec._replace(usage=tuple(item["usage"])) if item["usage"] else spec,
         state=item["state"],
         id=item["id"],
         usage_given=item["usage"] is not None,

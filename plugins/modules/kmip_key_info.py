@@ -25,10 +25,6 @@ options:
     description: Only keys in this state.
     type: str
     choices: [pre_active, active, deactivated, compromised, destroyed, destroyed_compromised]
-  algorithm:
-    description: Only keys of this algorithm.
-    type: str
-    choices: [aes, hmac_sha256, hmac_sha512]
   limit:
     description: Return no more than this many keys. RV(more) says whether there are others.
     type: int
@@ -123,7 +119,6 @@ SPEC = {
     "name": {"type": "str"},
     "id": {"type": "str"},
     "state": {"type": "str", "choices": STATES},
-    "algorithm": {"type": "str", "choices": ["aes", "hmac_sha256", "hmac_sha512"]},
     "limit": {"type": "int"},
     **kmip_options(),
 }
@@ -151,14 +146,11 @@ def act(module: TdeModule) -> dict[str, t.Any]:
         raise TdeError("invalid_option", "must be 1 or more", obj="option limit")
     with Client(access) as client:
         if params["id"] is not None:
-            found, more = [client.attributes(params["id"])], False
-            wished = {"name": params["name"], "state": params["state"], "algorithm": params["algorithm"]}
-            there = [one for one in found if wished["name"] in (None, *one.names)]
-            found = [
-                one for one in there if wished["state"] in (None, one.state) and wished["algorithm"] in (None, one.algorithm)
-            ]
+            one = client.attributes(params["id"])
+            fits = params["name"] in (None, *one.names) and params["state"] in (None, one.state)
+            found, more = [one] if fits else [], False
         else:
-            uids = client.locate(params["name"], state=params["state"], algorithm=params["algorithm"])
+            uids = client.locate(params["name"], state=params["state"])
             more = params["limit"] is not None and len(uids) > params["limit"]
             found = [facts for facts in (look(client, uid) for uid in uids[: params["limit"]]) if facts]
         server, version = client.server, ".".join(map(str, client.version))

@@ -107,10 +107,10 @@ class Client:
 
     # --- questions
 
-    def locate(self, name: str | None = None, *, state: str | None = None, algorithm: str | None = None) -> list[str]:
+    def locate(self, name: str | None = None, *, state: str | None = None) -> list[str]:
         """Unique identifiers of the symmetric keys that this client sees, filtered by the server.
 
-        :param name: exact; :param state: as in :class:`KeyFacts`; :param algorithm: in lower case.
+        :param name: exact; :param state: as in :class:`KeyFacts`.
         """
         from kmip.core import attributes, enums, objects
         from kmip.core.factories.attributes import AttributeFactory
@@ -123,8 +123,6 @@ class Client:
             wanted.append(make(enums.AttributeType.NAME, attributes.Name(attributes.Name.NameValue(name), kind)))
         if state is not None:
             wanted.append(make(enums.AttributeType.STATE, enums.State[state.upper()]))
-        if algorithm is not None:
-            wanted.append(make(enums.AttributeType.CRYPTOGRAPHIC_ALGORITHM, enums.CryptographicAlgorithm[algorithm.upper()]))
         answer = self._ask(enums.Operation.LOCATE, payloads.LocateRequestPayload(attributes=wanted))
         return [str(uid) for uid in answer.unique_identifiers or ()]
 

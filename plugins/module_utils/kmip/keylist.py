@@ -208,7 +208,10 @@ class KeyList:
             raise
         if wish.spec.name not in facts.names:
             raise TdeError(
-                "key_mismatch", f"has the names {', '.join(facts.names) or 'none'}, not {wish.spec.name!r}", obj=f"key {wish.id}"
+                "key_mismatch",
+                f"has the names {', '.join(facts.names) or 'none'}, not {wish.spec.name!r}",
+                obj=f"key {wish.id}",
+                next_step="Correct its name or its id; hsm.tde.kmip_key_info lists the keys.",
             )
         return None if facts.gone else facts
 
