@@ -169,6 +169,26 @@ def test_the_master_key_is_rotated_and_the_server_starts_on_the_new_one(stopped:
     assert any("was once under hsm-tde.main in token demo" in gap for gap in info["gaps"])
 
 
+def test_the_secret_moves_to_another_token_with_a_pin_of_its_own(stopped: TlsHost) -> None:
+    host = stopped.host
+    host.softhsm.pin = "second-4711"
+    host.softhsm.add_token("second")
+    host.softhsm.pin = support.PIN
+    host.give(host.softhsm.tokendir)
+    listed = [{"name": "primary", "token_label": "second", "pin": "second-4711"}]
+    moved = stopped.keystore(keyslots=listed)
+    assert moved["data_keys"]["main"]["keyslots"]["primary"] == "hsm-tde.main in token second", moved
+    actions = [step["action"] for step in moved["plan"]]
+    assert actions.index("write_user_pin") < actions.index("remove_keyslot")
+    assert host.pin_file.read_text() == "second-4711\n"
+    assert stopped.start(), stopped.log()
+    assert stopped.tls() == "t"
+    again = stopped.keystore(keyslots=listed)
+    assert not again["changed"], again["plan"]
+    # A task that says nothing of keyslots and names the former token leaves record and PIN as they are.
+    assert not stopped.keystore(keyslots=None)["changed"]
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [

@@ -209,6 +209,7 @@ def test_cybertec_gets_its_key_in_hex() -> None:
         assert "00" * 32 not in json.dumps(given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_a_rotation_killed_at_any_moment_leaves_a_key_that_opens(edb: Cluster, seed: int) -> None:
     """The task with all its children, ten times at a random moment; the server starts after each, and the tag is reached."""

@@ -158,9 +158,9 @@ def unwrap(arguments: argparse.Namespace) -> int:
         for slot in file.file.judged().document.keyslots
         if slot.protection == "token"
     ]
-    known = {token.label for token in own.record.tokens}
-    # A keyslot may be on a token that this host does not reach: a standby has its own.
-    on = [token for token in on if token.label in known] or on
+    # The PIN source is that of the record's first token. A keyslot may be on one that this host does not reach.
+    order = [token.label for token in own.record.tokens]
+    on = sorted((token for token in on if token.label in order), key=lambda token: order.index(token.label)) or on
 
     def act(one: credentials.Credential) -> None:
         write_out(open_secret(file, [credentials.for_keystore(one)]))

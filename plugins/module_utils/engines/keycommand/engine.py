@@ -139,21 +139,19 @@ class Keycommand(Engine):
                     obj=f"keyslot {one.name} of engine {self.name}",
                 )
         wishes = wish.slots if wish.slots is not None else (SlotWish("primary", keyslots.TOKEN, access=self.request.access),)
-        pin = self._pin(wishes)
         before = self.record
         first = [step for step in side.plan(records.Record("", ""), None) if step.action == "make_user_state"]
         if not check:
-            plans.run(first, side.handlers(pin))
-        steps, facts = self._work(side, wishes, lambda work: work.keystore(wish), check)
-        # The record and the PIN come once they are known to be right.
+            plans.run(first, side.handlers(None))
+        steps, facts = self._work(side, wishes, lambda work: work.keystore(wish, removing=check), check)
+        # The record and the PIN come once they are known to be right, and before anything is taken away.
+        steps += self._settle(side, wish, wishes, facts, check)
+        if not check and wish.slots is not None and wish.update:
+            removals, after = self._work(side, wishes, lambda work: work.keystore(wish, removing=True), check)
+            steps += [*removals, *self._settle(side, wish, wishes, after, check)]
+            facts = {**after, "before": facts["before"], "warnings": facts["warnings"]}
         record = self._recorded(wish, wishes, facts)
-        last = [step for step in side.plan(record, pin) if step.action != "make_user_state"]
-        if record != before:
-            path = self.request.state.cluster_record(self.request.cluster)
-            last.append(Step("write_record", path, "what this host must know of the cluster", {"record": record.public()}))
-        if not check:
-            plans.run(last, {**side.handlers(pin), "write_record": lambda step: records.write(self.request.state, record)})
-        outcome = self._outcome([*first, *steps, *last], facts, before, record)
+        outcome = self._outcome([*first, *steps], facts, before, record)
         parameters, initdb = self.options.lines(self.request.cluster)
         outcome.facts = {
             "cluster": self.request.cluster,
@@ -167,32 +165,44 @@ class Keycommand(Engine):
             outcome.warnings.append("No pin_source is set: the command has no PIN, and the server will not get its secret.")
         return outcome
 
-    def _pin(self, wishes: t.Sequence[SlotWish]) -> Secret | None:
-        """The PIN that the command opens the token with: that of the keyslot ``primary``, else the task's."""
-        primary = next((wish.access for wish in wishes if wish.name == "primary"), None)
-        access = primary or self.request.access
-        return access.pin if access else None
+    def _settle(self, side: UserSide, wish: KeystoreWish, wishes: t.Sequence[SlotWish], facts: Facts, check: bool) -> Plan:
+        """Bring record, published record and PIN to what the keyslots are now; the steps."""
+        record = self._recorded(wish, wishes, facts)
+        pin = self._pin(wishes, facts, record)
+        steps = [step for step in side.plan(record, pin) if step.action != "make_user_state"]
+        if record != self.record:
+            path = self.request.state.cluster_record(self.request.cluster)
+            steps.append(Step("write_record", path, "what this host must know of the cluster", {"record": record.public()}))
+        if not check:
+            plans.run(steps, {**side.handlers(pin), "write_record": lambda step: records.write(self.request.state, record)})
+            self.record = record
+        return steps
+
+    def _reached(self, wishes: t.Sequence[SlotWish], facts: Facts) -> list[tuple[TokenAccess, records.Token]]:
+        """The tokens of this task, as the child found them."""
+        accesses = [access for access in (self.request.access, *(one.access for one in wishes)) if access]
+        return [
+            (access, records.Token(access.library.path, dict(access.library.environment), label, serial))
+            for access, (label, serial) in zip(accesses, facts["tokens"], strict=True)
+        ]
 
     def _recorded(self, wish: KeystoreWish, wishes: t.Sequence[SlotWish], facts: Facts) -> records.Record:
+        """The record: of the tokens those that the secret's keyslots are on, the one to be asked first before the others."""
         before = self.record or records.Record(self.request.cluster, self.name)
-        accesses: list[TokenAccess] = []
-        for access in [self.request.access, *(one.access for one in wishes)]:
-            if access:
-                accesses.append(access)
-        tokens: list[records.Token] = []
-        for access, (label, serial) in zip(accesses, facts["tokens"], strict=True):
-            token = records.Token(access.library.path, dict(access.library.environment), label, serial)
-            if token not in tokens:
-                tokens.append(token)
-        # The one of the keyslot primary comes first: new secrets go to it.
-        primary = next((one.access for one in wishes if one.name == "primary" and one.access), None)
-        if primary:
-            label, serial = facts["tokens"][accesses.index(primary)]
-            tokens.sort(key=lambda token: (token.label, token.serial) != (label, serial))
+        primary = next((one.access for one in wishes if one.name == "primary"), None)
+        reached = sorted(self._reached(wishes, facts), key=lambda one: one[0] is not primary)
+        known = {(token.label, token.serial): token for token in (*before.tokens, *(token for dummy, token in reached))}
+        wanted = [(label, serial) for label, serial in facts["slots"]] or [(one.label, one.serial) for dummy, one in reached]
+        tokens = tuple(known[name] for name in dict.fromkeys(wanted) if name in known)
         source = dict(before.pin_source)
         if wish.pin_source is not None:
             source = {name: value for name, value in wish.pin_source.items() if value is not None}
-        return dataclasses.replace(before, options=self.options.given, tokens=tuple(tokens) or before.tokens, pin_source=source)
+        return dataclasses.replace(before, options=self.options.given, tokens=tokens or before.tokens, pin_source=source)
+
+    def _pin(self, wishes: t.Sequence[SlotWish], facts: Facts, record: records.Record) -> Secret | None:
+        """The PIN of the token that the command asks first, if this task gave it."""
+        found = [access.pin for access, token in self._reached(wishes, facts) if record.tokens and token == record.tokens[0]]
+        return next((pin for pin in found if pin is not None), None)
 
     def _open(self, check: bool) -> Outcome:
         """Nothing is opened for a server that asks by itself; it is seen that the answer would be right."""

@@ -110,8 +110,11 @@ class Work:
 
     # --- the services
 
-    def keystore(self, wish: KeystoreWish) -> Facts:
-        """Master key, secret and keyslots as wished."""
+    def keystore(self, wish: KeystoreWish, *, removing: bool) -> Facts:
+        """Master key, secret and keyslots as wished.
+
+        :param removing: remove keyslots, too: not before the PIN of the new ones is where the server's command finds it.
+        """
         update = wish.slots is not None and wish.update
 
         def decide() -> Plan:
@@ -128,6 +131,8 @@ class Work:
                 names = [one.name for one in wanted]
                 data = {"key_id": self.request.cluster, "slots": names}
                 later.append(Step("create_data_key", self._obj, f"under keyslots {', '.join(names)}", data))
+            if not removing:
+                later = [step for step in later if step.action != "remove_keyslot"]
             return keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
 
         facts = self._rounds(decide, self._act)
@@ -205,9 +210,17 @@ class Work:
             "after": after,
             "warnings": ring.warnings,
             "tokens": [[one.label, one.serial] for one in ring.recorded_tokens()],
+            "slots": self._slot_tokens(),
             "keks": [[kek.token.label, kek.token.serial, kek.label, kek.id] for kek in ring.keks],
             "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
         }
+
+    def _slot_tokens(self) -> list[list[str]]:
+        """The tokens of the secret's keyslots, the one to be asked first: that of the newest keyslot ``primary``."""
+        slots = [slot for key in self.ring.keys for slot in reversed(key.slots) if slot.token]
+        slots.sort(key=lambda slot: slot.name != "primary")
+        tokens = [[slot.token.label, slot.token.serial] for slot in slots if slot.token]
+        return [one for number, one in enumerate(tokens) if one not in tokens[:number]]
 
     def _act(self, steps: Plan) -> None:
         self.ring.ready(steps)
