@@ -354,21 +354,47 @@ def no_needle(needles: t.Sequence[bytes], path: Path) -> None:
     assert not any(needle in content for needle in needles), f"{path} holds a secret"
 
 
-def loop_devices(image: Path, count: int) -> list[str]:
-    """The loop devices of an image, which must be so many; programs that ask all devices may hold one for a moment."""
+def detached(image: Path) -> None:
+    """The image has no loop device.
+
+    A container that was started meanwhile has a copy of every mount, for as long as it lives: then the kernel must
+    be told to take the device away after it.
+    """
+    for device, autoclear in loop_devices(image, 0).items():
+        assert autoclear, f"{device} stays for good"
+        assert mounted_elsewhere(device) or device not in loop_devices(image, 0), f"{device} is mounted nowhere and still there"
+
+
+def loop_devices(image: Path, count: int) -> dict[str, bool]:
+    """The loop devices of an image, and whether each goes away by itself when nobody uses it any more.
+
+    :param count: how many it should have; programs that ask all devices may hold one for a moment.
+    """
     deadline = time.monotonic() + 5
     while True:
-        argv = ["losetup", "-nO", "NAME", "-j", str(image)]
-        found = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
-        if len(found) == count or time.monotonic() > deadline:
-            break
+        argv = ["losetup", "-nO", "NAME,AUTOCLEAR", "-j", str(image)]
+        lines = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+        if len(lines) == count or time.monotonic() > deadline:
+            return {line.split()[0]: line.split()[1] == "1" for line in lines}
         time.sleep(0.05)
-    assert len(found) == count, found
-    return found
+
+
+def mounted_elsewhere(device: str) -> bool:
+    """Whether a device is mounted in another mount namespace than this one, and not in this one."""
+    status = os.stat(device)
+    number = f" {os.major(status.st_rdev)}:{os.minor(status.st_rdev)} "
+    seen: dict[str, bool] = {}
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and (namespace := os.readlink(f"/proc/{entry}/ns/mnt")) not in seen:
+                seen[namespace] = number in Path("/proc", entry, "mountinfo").read_text()
+    return not seen.pop(os.readlink("/proc/self/ns/mnt")) and any(seen.values())
 
 
 def mounted_once(image: Path) -> None:
     """The image is attached once, and mounted once."""
-    device = loop_devices(image, 1)[0]
+    found = loop_devices(image, 1)
+    assert len(found) == 1, found
+    device = next(iter(found))
     mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if line.split()[0] == device]
     assert len(mounts) == 1, mounts

@@ -12,10 +12,11 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import typing as t
 from pathlib import Path
+
+from ansible_collections.hsm.tde.tests.integration import leftovers
 
 USER = "postgres"
 
@@ -40,12 +41,8 @@ def as_postgres(*argv: str, check: bool = True, timeout: float = 60, stdin: str 
 @contextlib.contextmanager
 def folder() -> t.Iterator[Path]:
     """A folder that other users may pass through, which pytest's own is not."""
-    path = Path(tempfile.mkdtemp(prefix="hsm-tde-test."))
-    path.chmod(0o755)
-    try:
+    with leftovers.folder("hsm-tde-test.") as path:
         yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class Server:

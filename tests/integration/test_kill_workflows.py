@@ -10,15 +10,13 @@ transaction fails.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import typing as t
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
-from ansible_collections.hsm.tde.tests.integration import filesystems, killing, postgres
+from ansible_collections.hsm.tde.tests.integration import killing, leftovers, postgres
 from ansible_collections.hsm.tde.tests.integration.estate import Estate, usable
 from ansible_collections.hsm.tde.tests.integration.workflows import (
     Creation,
@@ -48,16 +46,9 @@ def home() -> t.Iterator[Path]:
     """A folder in memory where there is one, so that most of the time measured is not the disk's syncing."""
     # Half a second of scrypt for each look at a keyslot would be most of the rest.
     cheap = mock.patch.object(passphrase, "default_kdf", return_value=passphrase.Scrypt(log_n=10))
-    path = Path(tempfile.mkdtemp(prefix="hsm-tde-kill.", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
-    path.chmod(0o755)
     killing.preload()
-    try:
-        with cheap:
-            yield path
-    finally:
-        for point in path.glob("*/mnt"):
-            filesystems.unmount(point)
-        shutil.rmtree(path, ignore_errors=True)
+    with cheap, leftovers.folder("hsm-tde-kill.", "/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

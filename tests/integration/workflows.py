@@ -46,7 +46,7 @@ def destroy(host: Estate) -> None:
         if subprocess.run(["umount", str(host.mount)], check=False, capture_output=True).returncode:
             time.sleep(0.05)
     if host.image.exists():
-        killing.loop_devices(host.image, 0)
+        killing.detached(host.image)
     shutil.rmtree(host.home)
 
 
