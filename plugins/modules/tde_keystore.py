@@ -21,6 +21,7 @@ author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.database
+  - hsm.tde.kmip
   - hsm.tde.pkcs11
   - hsm.tde.state
   - hsm.tde.database.keyslots
@@ -126,6 +127,24 @@ EXAMPLES = r"""
       debian_cluster: 15/payroll
     keyslots:
       - name: primary
+      - name: recovery
+        protection: passphrase
+        passphrase: "{{ vault_recovery_passphrase }}"
+
+- name: Move the keyslot primary to a KMIP server; the token opens the data keys for it
+  hsm.tde.tde_keystore:
+    engine: postgresql
+    cluster: main
+    library: /usr/lib/softhsm/libsofthsm2.so
+    token_label: demo
+    pin: "{{ vault_pin }}"
+    kmip_servers: [kms1.example.com, kms2.example.com]
+    kmip_ca: /etc/hsm-tde/kmip-ca.pem
+    kmip_certificate: /etc/hsm-tde/kmip.pem
+    kmip_certificate_key: /etc/hsm-tde/kmip.key
+    keyslots:
+      - name: primary
+        protection: kmip
       - name: recovery
         protection: passphrase
         passphrase: "{{ vault_recovery_passphrase }}"

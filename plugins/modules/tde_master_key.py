@@ -10,15 +10,16 @@ module: tde_master_key
 short_description: Set or rotate the master key of a cluster
 version_added: 0.1.0
 description:
-  - A cluster's master key (KEK) lies in the token, not extractable, and wraps every data key of the cluster.
+  - A cluster's master key (KEK) lies in the token, not extractable, or at a KMIP server, and wraps every data key of the cluster.
   - A rotation makes a new one and wraps every data key under it, one at a time. The new keyslot is added, proved, then the old one is
     removed. Data is not encrypted anew and the server runs on without a restart.
-  - The former master key stays in the token, since older copies of the store need it.
+  - The former master key stays there, since older copies of the store need it.
   - A rotation that was interrupted is finished by the next run, whatever its O(state).
 author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.database
+  - hsm.tde.kmip
   - hsm.tde.pkcs11
   - hsm.tde.state
 options:
@@ -26,7 +27,7 @@ options:
     description: The wished state.
     type: str
     choices:
-      present: The cluster has a master key in the token.
+      present: The cluster has a master key.
       rotated: It is the one of O(tag), or not older than O(max_age).
     default: present
   tag:

@@ -23,6 +23,7 @@ author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.database
+  - hsm.tde.kmip
   - hsm.tde.pkcs11
   - hsm.tde.state
 options:
