@@ -54,7 +54,7 @@ def gather(users: t.Sequence[str]) -> dict[str, t.Any]:
     }
     version = config.installed_version(path, answer)
     found["version"] = "{}.{}".format(*version)
-    text = _configuration()
+    text = configuration()
     problems = rules.problems(text, version)
     found["configuration_problems"] = [{"line": problem.line, "reason": problem.reason} for problem in problems]
     try:
@@ -67,7 +67,8 @@ def gather(users: t.Sequence[str]) -> dict[str, t.Any]:
     return found
 
 
-def _configuration() -> str:
+def configuration() -> str:
+    """The text of opencryptoki.conf, empty if there is none."""
     try:
         with open(api.CONF, "rb") as handle:
             return conf.decode(handle.read())

@@ -282,12 +282,16 @@ def configure(wish: ConfigWish, state: StateDirectory, *, check_mode: bool = Fal
     :raises TdeError: ``opencryptoki_missing`` and what :func:`judge` and :func:`prove` raise.
     """
     if check_mode:
-        return _configure(wish, act=False)
+        return apply(wish, act=False)
     with state.locked(2.0):
-        return _configure(wish, act=True)
+        return apply(wish, act=True)
 
 
-def _configure(wish: ConfigWish, *, act: bool) -> Outcome:
+def apply(wish: ConfigWish, *, act: bool) -> Outcome:
+    """As :func:`configure`; the caller holds the lock.
+
+    :param act: False to plan only.
+    """
     warnings: list[str] = []
     path = api.library_path()
     names = {MAIN, *(ep11.file for ep11 in wish.ep11), *(cca.file for cca in wish.cca)}
