@@ -189,6 +189,26 @@ def test_the_secret_moves_to_another_token_with_a_pin_of_its_own(stopped: TlsHos
     assert not stopped.keystore(keyslots=None)["changed"]
 
 
+def test_a_changed_pin_is_changed_in_the_user_s_file_too(stopped: TlsHost) -> None:
+    host = stopped.host
+    options = host.softhsm.options(token_label="demo", state_directory=host.state.path, pin_file=str(host.pin_file))
+    done = support.run_module("pkcs11_pin", {**options, "user_type": "user", "new_pin": "another-4711"})
+    assert (done.get("failed"), done["changed"]) == (None, True), done
+    info = host.pin_file.stat()
+    assert (info.st_uid, info.st_mode & 0o777, host.pin_file.read_text()) == (host.user.pw_uid, 0o400, "another-4711\n")
+    assert stopped.start(), stopped.log()
+    # An unfinished change: the new PIN lies beside and is not in the token yet.
+    coming = host.pin_file.with_name("pin.new")
+    coming.write_text("yet-another\n")
+    coming.chmod(0o400)
+    os.chown(coming, info.st_uid, -1)
+    stopped.server.stop()
+    try:
+        assert stopped.start(), stopped.log()
+    finally:
+        coming.unlink()
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [

@@ -134,7 +134,7 @@ def _change(wish: PinWish, state: StateDirectory, *, act: bool) -> Outcome:
     refuse_factory_pin(info, wish.new_pin, f"new {_WORDS[wish.user]}")
     rest, leftovers = Resting(None, None), []
     if wish.pin_file:
-        rest, leftovers = resting.at_rest(wish.pin_file), resting.leftovers(wish.pin_file)
+        rest, leftovers = resting.at_rest(wish.pin_file, of_anybody=True), resting.leftovers(wish.pin_file)
     current = _current(library, info, wish, rest, state)
     plan = decide(wish, current, rest, bool(leftovers))
     if act and plan:

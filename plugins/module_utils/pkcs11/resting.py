@@ -4,11 +4,14 @@
 
 A change writes ``<file>.new``, changes the token, proves the new PIN and renames. In between the token has the
 one PIN or the other, so whoever opens it at boot knows both (:func:`resting_pins`).
+
+The file of a database's own user, mode 0400, lies in a folder of root's as well; a change keeps its owner and mode.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import typing as t
 
 from ..common.errors import TdeError
@@ -35,12 +38,13 @@ def coming_path(path: str) -> str:
     return path + ".new"
 
 
-def at_rest(path: str) -> Resting:
+def at_rest(path: str, *, of_anybody: bool = False) -> Resting:
     """Both files' PINs, None for a file that does not exist.
 
+    :param of_anybody: whose they are does not matter, as long as nobody else reads them and only root could have put them there.
     :raises TdeError: ``pin_file_damaged``, ``file_not_private`` and what reading a private file raises.
     """
-    return Resting(_read(coming_path(path)), _read(path))
+    return Resting(_read(coming_path(path), of_anybody), _read(path, of_anybody))
 
 
 def resting_pins(path: str) -> list[Secret]:
@@ -55,8 +59,12 @@ def resting_pins(path: str) -> list[Secret]:
 
 
 def write_coming(path: str, pin: Secret) -> None:
-    """Write ``<file>.new``."""
-    write_atomic(coming_path(path), pin.reveal() + b"\n")
+    """Write ``<file>.new``, of the owner and mode of the file."""
+    mode, uid, gid = 0o600, -1, -1
+    info = _owner(path)
+    if info is not None and info.st_uid != os.geteuid():
+        mode, uid, gid = stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid
+    write_atomic(coming_path(path), pin.reveal() + b"\n", mode=mode, uid=uid, gid=gid)
 
 
 def settle(path: str) -> None:
@@ -91,9 +99,20 @@ def remove_leftovers(path: str) -> None:
     remove_leftovers_of(coming_path(path))
 
 
-def _read(path: str) -> Secret | None:
+def _owner(path: str) -> os.stat_result | None:
+    """The file itself, in a folder that nobody but root and this user could have put it into; None if there is none."""
+    with trusted_directory(os.path.dirname(os.path.normpath(path))) as folder:
+        try:
+            return os.stat(os.path.basename(path), dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+
+def _read(path: str, of_anybody: bool) -> Secret | None:
     try:
-        raw = read_private(path, max_bytes=_MAX_BYTES)
+        info = _owner(path) if of_anybody else None
+        owners = None if info is None else (os.geteuid(), info.st_uid)
+        raw = read_private(path, owners=owners, max_bytes=_MAX_BYTES)
     except TdeError as exc:
         if exc.code == "file_absent" and os.path.isdir(os.path.dirname(os.path.normpath(path))):
             return None

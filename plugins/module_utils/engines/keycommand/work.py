@@ -288,8 +288,12 @@ def opens(request: Request, options: Options, source: t.Mapping[str, str], token
         return False
     accesses = [request.access] if request.access and request.access.pin else []
     if not accesses and source.get("kind") == "file":
-        pin = resting_pins(source["path"])[0]
-        accesses = [dataclasses.replace(access, pin=pin) for access in tokens]
+        # Two while a change of PIN is unfinished; the second is the one that the token had before.
+        accesses = [
+            dataclasses.replace(access, pin=pin, allow_low_pin_count=number > 0)
+            for number, pin in enumerate(resting_pins(source["path"]))
+            for access in tokens[:1]
+        ]
     store.open([TokenCredential(access) for access in accesses])
     return True
 
