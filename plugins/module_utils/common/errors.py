@@ -682,6 +682,73 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "Something lies in the tablespace: its encryption can only change while it is empty.",
         "Create another tablespace and move the data there.",
     ),
+    # nshield
+    "credential_forbidden": ErrorCode(
+        "client_error",
+        "A credential breaks a rule of length or characters; the message names the rule, never the value.",
+        "Choose another passphrase or name. A credential that breaks a rule could silently put keys under module protection.",
+    ),
+    "nshield_hardserver_down": ErrorCode(
+        "unreachable",
+        "nShield's hardserver does not answer on this host.",
+        "Start it (systemd unit nc_hardserver), then run again.",
+    ),
+    "nshield_world_unusable": ErrorCode(
+        "unreachable",
+        "The Security World is not initialised, or no HSM can use it.",
+        "Load the Security World onto the HSM, or see which module is not usable with nfkminfo.",
+    ),
+    "nshield_answer_unknown": ErrorCode(
+        "unsupported",
+        "One of nShield's commands printed something that this collection does not understand; nothing is guessed.",
+        "Report it with the version of the Security World software.",
+    ),
+    "nshield_passphrase_refused": ErrorCode(
+        "refused",
+        "The softcard or card refused the passphrase.",
+        "Give the right passphrase. Softcards and cards count no tries.",
+    ),
+    "nshield_authorisation_missing": ErrorCode(
+        "refused",
+        "The Security World asks for a card in a slot before it lets this be done.",
+        "Put an operator card, or an administrator card where one is asked for, into a slot of the HSM, then run again.",
+    ),
+    "nshield_key_slipped": ErrorCode(
+        "damaged",
+        "Keys that must be under a softcard or card set are under module protection: the credential was mistyped when they were made.",
+        "Do not encrypt anything with them. Correct the credential, make a new master key, and verify again;"
+        " keys under module protection cannot be moved.",
+    ),
+    "nshield_key_elsewhere": ErrorCode(
+        "damaged",
+        "Keys are under another protection, softcard or card set than expected.",
+        "Find out which credential made them; state transferred moves keys between softcards, or between card sets.",
+    ),
+    "nshield_transfer_forbidden": ErrorCode(
+        "unsupported",
+        "Keys can be transferred between softcards, or between card sets, and in no other way.",
+        "Migrate the database to its software keystore, change the credential, and migrate it back to the HSM.",
+    ),
+    "nshield_not_recoverable": ErrorCode(
+        "unsupported",
+        "The Security World or the key was made without recovery, so the key can never be transferred.",
+        "Make a new master key under the other softcard or card set, and keep the old one for backups.",
+    ),
+    "nshield_transfer_unfinished": ErrorCode(
+        "damaged",
+        "After the transfer not all keys are where they should be.",
+        "Run the task again: it goes on with those that are left. The Security World's backup is named in the result.",
+    ),
+    "nshield_client_behind": ErrorCode(
+        "unreachable",
+        "This client's copy of the Security World is not the one that was expected: keys made elsewhere are missing here.",
+        "Bring it up to date (distribution with sync update, or wait for the common store), then run again.",
+    ),
+    "nshield_store_not_common": ErrorCode(
+        "client_error",
+        "The Security World's folder is not on the common store.",
+        "Mount the common store, or link the folder to it; do not copy keys by hand.",
+    ),
 }
 
 
