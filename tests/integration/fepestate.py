@@ -88,10 +88,10 @@ class FepEstate:
         return result
 
     def fingerprint(self) -> str:
-        """What must not change when a run is refused: state (but for refused PINs), settings, keystore, folders of tablespaces."""
+        """What must not change when a run is refused: state (but for refused PINs and notes of failed acts), settings, keystore, folders of tablespaces."""
         digest = hashlib.sha256()
-        kept = ("refused.json", "trying.json")
-        for folder in (self.state, Path(self.options["keystore_location"])):
+        kept = ("refused.json", "trying.json", "journal.jsonl", "journal.jsonl.head")
+        for folder in (self.state, Path(self.options.get("keystore_location", "/nonexistent"))):
             for path in sorted(folder.rglob("*")) if folder.exists() else []:
                 if path.is_file() and not path.name.endswith("lock") and path.name not in kept:
                     digest.update(str(path).encode() + path.read_bytes())

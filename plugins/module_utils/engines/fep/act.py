@@ -335,7 +335,7 @@ class Acts:
             resting.write_coming(path, new)
         try:
             self._call("set_passphrase", step.obj, old, new)
-        except TdeError:
+        except TdeError as refused:
             # A run that was killed after the change: the new one is then the present one, and this changes nothing.
             try:
                 sql.call(self._access(), self._function("set_passphrase"), new, new)
@@ -343,7 +343,7 @@ class Acts:
                 self.note(step.action, step.obj, "failed")
                 if path:
                     resting.discard_coming(path)
-                raise
+                raise refused from None
         if path:
             resting.settle(path)
         self.note(step.action, step.obj)

@@ -41,6 +41,8 @@ class Task:
         self.warnings: list[str] = []
         self.token: TokenInfo | None = None
         self._verified = False
+        #: A plugin finds its token itself, but for what is made for it.
+        self.uses_token = self.options.keystore == HSM
         access = self.request.access
         self.present: Secret | None = self.request.passphrase if self.options.keystore == FILE else access.pin if access else None
         self.wished: Secret | None = self.present
@@ -52,7 +54,7 @@ class Task:
 
         :raises TdeError: ``token_absent`` and its kind.
         """
-        if self.options.keystore == FILE or self.request.access is None:
+        if not self.uses_token or self.request.access is None:
             return None
         if self.token is None:
             try:
@@ -230,6 +232,7 @@ class Keystore(Task):
         self.options.user()
         if self.options.keystore != FILE and self.request.access is None:
             raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
+        self.uses_token = self.options.keystore != FILE
         first = True
         state = self.seen()
 
