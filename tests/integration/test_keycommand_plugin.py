@@ -144,6 +144,29 @@ def test_who_may_run_it_and_with_what(host: UserHost) -> None:
     assert b"file_not_private" in forged.stderr
 
 
+def test_a_credential_that_systemd_hands_to_the_server_is_the_pin(host: UserHost) -> None:
+    host.publish(source={"kind": "credential", "path": "/etc/credstore.encrypted/hsm-tde.main.pin"})
+    folder = host.home / "credentials"
+    folder.mkdir()
+    (folder / "hsm-tde.main.pin").write_text(host.softhsm.pin)
+    host.give(folder)
+    (folder / "hsm-tde.main.pin").chmod(0o400)
+    arguments = ("validate-key", "--keyid", KEY, "--cluster", "main")
+    assert host.run(*arguments, CREDENTIALS_DIRECTORY=str(folder)).returncode == 0
+    without = host.run(*arguments)
+    assert without.returncode != 0
+    assert without.stderr.count(b"\n") == 1
+    shutil.rmtree(folder)
+
+
+def test_it_is_called_through_a_link_in_the_folder_of_plugins(host: UserHost) -> None:
+    plugins = host.home / "plugins"
+    plugins.mkdir()
+    (plugins / "hsm-tde").symlink_to(host.command)
+    done = postgres.as_postgres(str(plugins / "hsm-tde"), "validate-key", "--keyid", KEY, "--cluster", "main", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_every_encryption_stands_in_the_user_s_journal(host: UserHost) -> None:
     host.run("encrypt", "--keyid", KEY, "--cluster", "main", stdin=DATA)
     entries = host.side.run(lambda: Journal(host.side.own.journal).entries())

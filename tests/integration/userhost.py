@@ -49,11 +49,11 @@ class UserHost:
     def side(self) -> UserSide:
         return UserSide(self.state, "main", self.user)
 
-    def publish(self, engine: str = "fep", **options: t.Any) -> None:
+    def publish(self, engine: str = "fep", source: t.Mapping[str, str] | None = None, **options: t.Any) -> None:
         """What an engine does for the commands of its server's user: state directory, record, PIN."""
         serial = self.softhsm.run(self._serial)
         token = records.Token(self.softhsm.library, self.softhsm.environment, "demo", serial)
-        source = {"kind": "file", "path": str(self.pin_file)}
+        source = source or {"kind": "file", "path": str(self.pin_file)}
         record = records.Record("main", engine, {"os_user": self.user.pw_name, **options}, tokens=(token,), pin_source=source)
         pin = Secret(self.softhsm.pin)
         plans.run(self.side.plan(record, pin), self.side.handlers(pin))

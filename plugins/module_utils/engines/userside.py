@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pwd
+import stat
 import typing as t
 
 from ..common.errors import TdeError
@@ -61,7 +62,7 @@ class UserSide:
         :param pin: the token's PIN, written to that file if it holds another or none.
         """
         steps: Plan = []
-        if not os.path.isdir(self.own.path):
+        if not self._has_state():
             steps.append(Step("make_user_state", self.own.path, f"the state directory of user {self.user.pw_name}"))
         path = self.state.published_record(self.cluster)
         if _published(path) != record or leftovers(path):
@@ -84,6 +85,27 @@ class UserSide:
             "publish_record": self._publish,
             "write_user_pin": lambda step: self._write_pin(step.data["path"], pin),
         }
+
+    def _has_state(self) -> bool:
+        """Whether the user's state directory is there, and the user's alone.
+
+        :raises TdeError: ``file_not_private``.
+        """
+        try:
+            info = os.lstat(self.own.path)
+        except FileNotFoundError:
+            return False
+        if info.st_uid == 0 and self.user.pw_uid != 0:
+            # A run was killed before it gave the folder away; making it judges what is in it.
+            return False
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != self.user.pw_uid or info.st_mode & 0o077:
+            raise TdeError(
+                "file_not_private",
+                f"is not a folder of user {self.user.pw_name} alone (user id {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o})",
+                obj=self.own.path,
+                next_step="Find out who changed it before you correct owner and mode.",
+            )
+        return True
 
     def _make_state(self) -> None:
         make_shared_directory(self.state.users)
