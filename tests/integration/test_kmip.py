@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import re
+import signal
 import ssl
 import time
 import typing as t
@@ -21,6 +23,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateD
 from ansible_collections.hsm.tde.plugins.module_utils.kmip import client as clients
 from ansible_collections.hsm.tde.plugins.module_utils.kmip import kek, keys
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import KmipAccess, kmip_access, tls_context
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.channel import Channel
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.registry import Registry
 from ansible_collections.hsm.tde.tests.integration.kmip import SEEN_BY_ALL, Authority, Certificate, KmipServer, Relay, free_port
@@ -393,3 +396,39 @@ def test_a_kek_that_a_killed_run_made_is_used(kmip_server: KmipServer, state: St
         ref = create_kek(client, label, state)
         assert client.locate(label) == [ref.id]
         assert client.attributes(ref.id).state == "active"
+
+
+def _killed_after(one: KmipAccess, label: str, state: StateDirectory, number: int) -> bool:
+    """Make a KEK in a process that is killed after the answer to its n-th request; :returns: whether it came to that one."""
+    pid = os.fork()
+    if pid == 0:
+        call, calls = Channel.call, itertools.count(1)
+
+        def until(self: Channel, request: bytes) -> bytes:
+            answer = call(self, request)
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answer
+
+        Channel.call = until  # type: ignore[method-assign]
+        try:
+            with Client(one) as client:
+                create_kek(client, label, state)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def test_a_kek_is_made_once_whatever_request_its_maker_is_killed_at(kmip_server: KmipServer, tmp_path: Path) -> None:
+    one = access(kmip_server)
+    for number in itertools.count(1):
+        label, state = f"hsm-tde.killed.{number}", StateDirectory(str(tmp_path / str(number)))
+        killed = _killed_after(one, label, state, number)
+        with Client(one) as client:
+            ref = create_kek(client, label, state)
+            assert client.locate(label) == [ref.id]
+            assert kek.unwrap(client, kek.wrap(client, ref, b"data key", b""), b"") == b"data key"
+        assert [entry["id"] for entry in Registry(state).keys()] == [ref.id]  # noqa: SIM118 - no mapping
+        if not killed:
+            break
+    assert number > 8, "there were no requests to be killed at"

@@ -29,7 +29,7 @@ from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not usable(), reason="needs root, PostgreSQL, SoftHSM and loop devices")]
 
-FEW, MANY = 6, 50
+FEW, MANY = 4, 50
 SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
 
 OWN_PASSPHRASE = "a passphrase of its own"
