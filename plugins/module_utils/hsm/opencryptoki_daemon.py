@@ -160,7 +160,7 @@ def _ensure(wished: State, when_stale: bool, force: bool, *, act: bool) -> Outco
         wished = "started"
     plan, programs = decide(before, wished), store.users()
     check(before, wished, plan, programs, force)
-    if plan and not os.path.exists(api.PROGRAM):
+    if act and plan and not os.path.exists(api.PROGRAM):
         raise TdeError("opencryptoki_missing", f"{api.PROGRAM} is not there", obj="openCryptoki")
     if act and plan:
         planning.run(plan, {"stop_daemon": lambda step: _stop(before), "start_daemon": lambda step: _start(before)})
