@@ -252,7 +252,7 @@ generation:
   type: int
   sample: 1
 wrapped_keyslots:
-  description: The file's keyslots, in the order in which they were added. In check mode as they are. Facts of a token are null under a passphrase.
+  description: The file's keyslots, in the order in which they were added. In check mode as they are. What a protection does not have is null.
   returned: when the file exists
   type: list
   elements: dict
@@ -265,9 +265,11 @@ wrapped_keyslots:
       state: proved
       token_label: demo
       token_serial: 8a4f0e
+      kmip_service: null
       kek_label: hsm-tde.secrets
       kek_id: 5d41402abc4b2a76b9719d911017c592
       kek_kcv: 5c2d3b
+      kek_leaves_server: null
 history:
   description:
     - Keyslots that were removed, with C(removed), the time. An old copy of the file still opens with them, so if one of their secrets
