@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import ipaddress
 import json
 import os
@@ -39,14 +40,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-# Here once: each task that a test forks would take half a second for it.
-from kmip.core.messages import messages, payloads  # noqa: F401
-
 #: An operation policy under which everybody finds a key, and only its owner may do anything with it.
 SEEN_BY_ALL = "seen-by-all"
 _OWNER = ("GET", "GET_ATTRIBUTES", "GET_ATTRIBUTE_LIST", "ACTIVATE", "REVOKE", "DESTROY")
 
 _NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+# Once: each task that a test forks would take half a second for it.
+importlib.import_module("kmip.core.messages.payloads")
+
 _SERVE = "from kmip.services.server.server import main; main()"
 
 
