@@ -34,7 +34,8 @@ TESTS = (
 #: Beside the libraries of the role prerequisites.
 LIBRARIES = ("ansible-core>=2.19,<2.20", "hypothesis>=6.100", "pytest>=8")
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+#: This tree.
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _NAME = "tdesuite"
 
 _SCRIPT = """
@@ -53,7 +54,7 @@ exec python -m pytest -p no:cacheprovider -q "$@"
 
 def libraries(suite: str) -> pathlib.Path:
     """The folder in which a release's libraries are kept."""
-    lock = (_REPOSITORY / "roles/prerequisites/files/requirements.txt").read_bytes()
+    lock = (REPOSITORY / "roles/prerequisites/files/requirements.txt").read_bytes()
     wish = hashlib.sha256(lock + "\n".join(LIBRARIES).encode()).hexdigest()[:16]
     folder = machine.CACHE / f"{suite}-libraries-{wish}"
     folder.mkdir(mode=0o755, exist_ok=True)
@@ -85,16 +86,16 @@ def main() -> int:
                 "--resolv-conf=copy-host",
                 "--timezone=off",
                 "--link-journal=no",
-                f"--bind-ro={_REPOSITORY}",
+                f"--bind-ro={REPOSITORY}",
                 f"--bind={libraries(options.suite)}:/opt/libraries",
-                f"--chdir={_REPOSITORY}",
+                f"--chdir={REPOSITORY}",
                 *machine.loop_binds(),
                 *fresh.environment(),
                 "bash",
                 "-c",
                 "LIBRARIES=(" + " ".join(f"'{library}'" for library in LIBRARIES) + ")\n" + _SCRIPT,
                 "suite",
-                *(arguments or [test for test in TESTS if (_REPOSITORY / test).exists()]),
+                *(arguments or [test for test in TESTS if (REPOSITORY / test).exists()]),
             ]
             return subprocess.run(
                 command, check=False, stdin=subprocess.DEVNULL, preexec_fn=lambda: machine.enter_cgroup(name)

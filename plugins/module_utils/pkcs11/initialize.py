@@ -97,13 +97,17 @@ def has_factory_so_pin(info: TokenInfo) -> bool:
     return info.manufacturer.startswith("IBM") and "so_pin_to_be_changed" in info.flags
 
 
+def _is_factory(info: TokenInfo, pin: Secret) -> bool:
+    return info.manufacturer.startswith("IBM") and pin in _OPENCRYPTOKI_FACTORY
+
+
 def refuse_factory_pin(info: TokenInfo, pin: Secret, what: str) -> None:
     """Refuse to set a PIN that every token of its kind has from the factory; openCryptoki itself refuses some of them.
 
     :param what: the PIN in words.
     :raises TdeError: ``pin_is_factory``.
     """
-    if info.manufacturer.startswith("IBM") and pin in _OPENCRYPTOKI_FACTORY:
+    if _is_factory(info, pin):
         raise TdeError("pin_is_factory", f"the {what} is one that openCryptoki's tokens have from the factory", obj=str(info))
 
 
@@ -365,6 +369,10 @@ def _ensure(wish: TokenWish, state: StateDirectory, *, act: bool) -> Outcome:
     warnings = []
     if after and has_factory_so_pin(after) and not (plan and not act):
         warnings.append(f"The SO PIN of {after} is the factory's, which everybody knows. Give so_pin to replace it.")
+    if after and wish.pin and _is_factory(after, wish.pin):
+        warnings.append(
+            f"The user PIN of {after} is one that openCryptoki's tokens have from the factory. Change it (hsm.tde.pkcs11_pin)."
+        )
     return Outcome(plan, found.token, after, found.contents, warnings)
 
 

@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The role opencryptoki on two hosts of a release, with their own systemd: configured, a token initialised and brought to the
+standby, once more without a change, after a reboot, and with a second daemon that somebody started by hand.
+
+    roles.py [--suite trixie]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import hosts
+import machine
+import suite
+
+_NAMES = ("db1", "db2")
+_PLAYBOOK = pathlib.Path(__file__).with_name("opencryptoki.yml")
+
+
+class Run:
+    """Playbooks against a group of hosts."""
+
+    def __init__(self, group: hosts.Group) -> None:
+        self._group = group
+
+    def play(self, *arguments: str, changed: bool | None = None) -> str:
+        """Run the playbook.
+
+        :param changed: whether it must change something; None where either is right.
+        """
+        command = ["ansible-playbook", "-i", str(self._group.directory / "inventory.json"), str(_PLAYBOOK), *arguments]
+        environment = {**os.environ, "ANSIBLE_NOCOLOR": "1"}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=suite.REPOSITORY)
+        print(done.stdout[done.stdout.rfind("PLAY RECAP") :], flush=True)
+        if done.returncode:
+            raise RuntimeError(f"ansible-playbook ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        counts = {int(number) for number in re.findall(r"changed=(\d+)", done.stdout)}
+        if changed is not None and (counts != {0}) != changed:
+            raise RuntimeError(f"changed={sorted(counts)}, and it should {'' if changed else 'not '}have changed\n{done.stdout}")
+        return done.stdout
+
+    def on(self, name: str, command: str) -> str:
+        """A command as root on a host."""
+        ssh = ["ssh", "-F", str(self._group.ssh_config), "-o", "BatchMode=yes", name, f"sudo sh -c '{command}'"]
+        return subprocess.run(ssh, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=sorted(hosts.SUITES), default="trixie", help="Debian's release")
+    options = parser.parse_args()
+    machine.require()
+    libraries = suite.libraries(options.suite)
+    if not (libraries / "complete").exists():
+        subprocess.run([sys.executable, suite.__file__, "--suite", options.suite, "--version"], check=True)
+    with tempfile.TemporaryDirectory(dir=machine.CACHE, prefix="roles-") as scratch:
+        group = hosts.Group(pathlib.Path(scratch, "hosts"))
+        run = Run(group)
+        try:
+            group.up(_NAMES, options.suite, ["opencryptoki"])
+            for name in _NAMES:
+                shutil.copytree(libraries, hosts.Host(group, name).root / "opt/libraries", symlinks=True)
+            run.play(changed=True)
+            run.play(changed=False)
+            run.play("--check", "--diff", changed=False)
+            first = run.on("db1", "pgrep -x pkcsslotd").split()
+            hosts.Host(group, "db1").reboot()
+            run.play(changed=False)
+            # Somebody starts a second one by hand. Where it finds the first one's lock it ends by itself.
+            run.on("db1", "/usr/sbin/pkcsslotd || true")
+            two = run.on("db1", "pgrep -x pkcsslotd").split()
+            run.play(changed=len(two) > 1)
+            left = run.on("db1", "pgrep -x pkcsslotd").split()
+            if len(first) != 1 or len(left) != 1:
+                raise RuntimeError(f"daemons: {first}, then {two}, then {left}")
+        finally:
+            group.down()
+    print(f"== {options.suite}: the role opencryptoki does what it should, with {len(two)} daemons started by hand put in order")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except machine.LacksError as exc:
+        print(f"SKIPPED: this machine has not what the hosts need: {exc}", file=sys.stderr)
+        sys.exit(machine.SKIPPED)
