@@ -194,9 +194,20 @@ def test_the_module_refuses_what_makes_no_sense(edb: Cluster) -> None:
 def test_cybertec_gets_its_key_in_hex() -> None:
     with postgres.folder() as home:
         made = Cluster(home, "cybertec")
+        # Check mode on a host on which nothing was done yet, in the order of the role.
+        slots = {"keyslots": SLOTS, "pin_source": {"kind": "file", "path": str(made.host.pin_file)}}
+        planned = [
+            made.module("tde_keystore", check=True, **slots),
+            made.module("tde_keystore", check=True, state="open"),
+            made.module("tde_master_key", check=True),
+        ]
+        assert [one["changed"] for one in planned] == [True, False, True], planned
+        assert not any(path.name.startswith(("state", "pin")) for path in home.iterdir())
         alone = made.module("tde_keystore", keyslots=[{"name": "primary"}])
         assert alone["error_code"] == "recovery_keyslot_missing"
+        assert not any(path.name == "state.users" for path in home.iterdir())
         keystore = made.keystore()
+        assert [step["action"] for step in keystore["plan"]] == [step["action"] for step in planned[0]["plan"]]
         done = made.server("initdb", *keystore["initdb_options"])
         assert done.returncode == 0, done.stderr
         assert made.starts()

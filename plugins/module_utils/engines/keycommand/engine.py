@@ -141,7 +141,9 @@ class Keycommand(Engine):
         wishes = wish.slots if wish.slots is not None else (SlotWish("primary", keyslots.TOKEN, access=self.request.access),)
         before = self.record
         first = [step for step in side.plan(records.Record("", ""), None) if step.action == "make_user_state"]
-        if not check:
+        if first and not check:
+            # What would be refused is refused before the first step.
+            self._work(side, wishes, lambda work: work.keystore(wish, removing=True), True)
             plans.run(first, side.handlers(None))
         steps, facts = self._work(side, wishes, lambda work: work.keystore(wish, removing=check), check)
         # The record and the PIN come once they are known to be right, and before anything is taken away.
@@ -206,10 +208,10 @@ class Keycommand(Engine):
 
     def _open(self, check: bool) -> Outcome:
         """Nothing is opened for a server that asks by itself; it is seen that the answer would be right."""
-        record, side = self.known(), self.side()
         outcome = Outcome([], {}, {}, facts={"cluster": self.request.cluster})
         if check:
             return outcome
+        record, side = self.known(), self.side()
         tokens = [
             TokenAccess(LibraryAccess(one.library, one.environment), TokenSelector(label=one.label, serial=one.serial or None))
             for one in record.tokens
