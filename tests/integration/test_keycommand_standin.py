@@ -185,10 +185,30 @@ def test_edb_what_is_not_ours_is_not_touched_and_failures_are_said(edb: Cluster)
 def test_the_module_refuses_what_makes_no_sense(edb: Cluster) -> None:
     tablespace = edb.module("tde_tablespace", tablespaces=[{"name": "sealed"}])
     assert (tablespace["error_code"], "initdb" in tablespace["msg"]) == ("engine_unsupported", True)
-    assert edb.module("tde_proof", data_directory=True)["error_code"] == "engine_unsupported"
+    assert edb.module("tde_proof", tablespaces=["sealed"])["error_code"] == "invalid_option"
+    tls = edb.module("tde_proof", data_directory=True, cluster="tls", keycommand={"kind": "ssl_passphrase"})
+    assert tls["error_code"] == "engine_unsupported"
     other = edb.module("tde_keystore", keycommand={"kind": "ssl_passphrase"})
     assert other["error_code"] == "invalid_option"
     assert edb.module("tde_keystore", keycommand={"os_user": "root"})["error_code"] == "invalid_option"
+
+
+def test_a_proof_reads_the_pages_and_takes_nobody_s_word(edb: Cluster) -> None:
+    def verdict() -> str:
+        done = edb.module("tde_proof", data_directory=True)
+        assert not done.get("failed"), done
+        return str(done["proofs"][0]["verdict"])
+
+    assert verdict() == "unknown", "there is no page to judge"
+    # Pages of a real server, which the stand-in did not encrypt.
+    real = postgres.Server(edb.host.home, edb.data.with_name("real"))
+    real.initdb()
+    subprocess.run(["cp", "-a", str(real.data / "base"), str(edb.data / "base")], check=True)
+    assert verdict() == "plain"
+    for path in (edb.data / "base").rglob("[0-9]*"):
+        if path.is_file() and path.stat().st_size:
+            path.write_bytes(os.urandom(path.stat().st_size))
+    assert verdict() == "encrypted"
 
 
 def test_cybertec_gets_its_key_in_hex() -> None:

@@ -47,7 +47,6 @@ class Keycommand(Engine):
         "close": "nothing is held open: the server asks the command at each start, and keeps the key in its own memory until it stops",
         "tablespaces": "the server encrypts its whole data directory or nothing: that was decided when initdb made it",
         "move": "the server encrypts its whole data directory or nothing: that was decided when initdb made it",
-        "proof": "the server encrypts its own pages, which no key of this collection opens: compare them with the server's own tools",
     }
 
     def __init__(self, request: Request) -> None:
@@ -241,7 +240,7 @@ class Keycommand(Engine):
             return outcome
 
     def tablespaces(self, wish: TablespacesWish, *, check: bool) -> Outcome:
-        raise self._refusal("tablespaces")
+        raise TdeError("engine_unsupported", self.refuses["tablespaces"], obj=f"engine {self.name}")
 
     def info(self) -> Facts:
         from .info import collect
@@ -249,7 +248,9 @@ class Keycommand(Engine):
         return collect(self)
 
     def proof_targets(self, wish: ProofWish) -> list[ProofTarget]:
-        raise self._refusal("proof")
+        return []
 
-    def _refusal(self, capability: str) -> TdeError:
-        return TdeError("engine_unsupported", self.refuses[capability], obj=f"engine {self.name}")
+    def proofs(self, wish: ProofWish, *, canary: bool) -> list[Facts]:
+        from .proof import proofs
+
+        return proofs(self, wish)

@@ -21,8 +21,8 @@ Facts = t.Dict[str, t.Any]
 
 #: What each kind of secret does not protect.
 _KINDS = {
-    EDB: "Whether the server encrypts its pages is for the server to say: SELECT data_encryption_version FROM pg_control_init().",
-    CYBERTEC: "Whether the server encrypts its pages is for the server to say: SHOW data_encryption.",
+    EDB: "Whether the server encrypts its pages is not asked here: tde_proof with data_directory reads them.",
+    CYBERTEC: "Whether the server encrypts its pages is not asked here: tde_proof with data_directory reads them.",
     SSL: "The secret opens the server's TLS key; data on the disk is in the clear.",
 }
 
