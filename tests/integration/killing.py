@@ -380,15 +380,13 @@ def loop_devices(image: Path, count: int) -> dict[str, bool]:
 
 
 def mounted_elsewhere(device: str) -> bool:
-    """Whether a device is mounted in another mount namespace than this one, and not in this one."""
-    status = os.stat(device)
-    number = f" {os.major(status.st_rdev)}:{os.minor(status.st_rdev)} "
-    seen: dict[str, bool] = {}
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            if entry.isdigit() and (namespace := os.readlink(f"/proc/{entry}/ns/mnt")) not in seen:
-                seen[namespace] = number in Path("/proc", entry, "mountinfo").read_text()
-    return not seen.pop(os.readlink("/proc/self/ns/mnt")) and any(seen.values())
+    """Whether the file system on a device is mounted, and not here.
+
+    A container need not show it: of mounts outside its root, no process of it tells. The kernel lists what is mounted
+    anywhere (ext4's sysfs).
+    """
+    here = [line.split()[0] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return device not in here and Path("/sys/fs/ext4", Path(device).name).exists()
 
 
 def mounted_once(image: Path) -> None:
