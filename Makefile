@@ -21,6 +21,7 @@ watched-demo: setup
 
 molecule: setup
 	molecule test --scenario-name default
+	molecule test --scenario-name mariadb
 	molecule test --scenario-name packaged
 
 test: setup
