@@ -124,6 +124,25 @@ def test_without_the_token_nothing_is_called_absent(host: UserHost) -> None:
     assert list(host.softhsm.tokendir.iterdir()) == []
 
 
+def test_a_key_that_was_used_once_is_missing_when_it_does_not_show(host: UserHost) -> None:
+    """One that root made and that nobody registered as this user."""
+    options = host.softhsm.options(token_label="demo", pin=host.softhsm.pin, state_directory=host.state.path)
+    made = support.run_module(
+        "pkcs11_key", {**options, "keys": [{"label": "fep-1", "type": "aes", "size": 256, "encrypt": True, "decrypt": True}]}
+    )
+    assert not made.get("failed"), made
+    host.give(host.softhsm.tokendir)
+    wrapped = host.run("encrypt", "--keyid", "fep-1", "--cluster", "main", stdin=DATA)
+    assert wrapped.returncode == 0, wrapped.stderr
+    gone = support.run_module(
+        "pkcs11_key", {**options, "keys": [{"label": "fep-1", "state": "absent", "confirm_destroy": "fep-1"}]}
+    )
+    assert gone["changed"], gone
+    done = host.run("decrypt", "--keyid", "fep-1", "--cluster", "main", stdin=wrapped.stdout)
+    assert (done.returncode, done.stdout) == (6, b"")
+    assert b"key_unreachable" in done.stderr
+
+
 def test_who_may_run_it_and_with_what(host: UserHost) -> None:
     """Root keeps off what the user can write, another user gets nothing, and the user names no library."""
     for how in ({"root": True}, {"user": "nobody"}):

@@ -220,10 +220,10 @@ def _key(session: Session, own: Own, keyid: str) -> KeyRef:
 def _encrypt(session: Session, own: Own, keyid: str, data: bytes) -> None:
     ref = _key(session, own, keyid)
     blob = envelope.wrap(session, ref, data, _context(keyid))
-    # Data is now under this key: from here on it is missing when it does not show, never absent.
-    Registry(own.state).remember_key(
-        session.token.label, session.token.serial, ref.label, ref.id.hex(), "secret_key", cluster=own.cluster
-    )
+    # Data is now under this key: from here on it, or its token, is missing when it does not show, never absent.
+    token, registry = session.token, Registry(own.state)
+    registry.remember_token(token.label, token.serial, session.library.path)
+    registry.remember_key(token.label, token.serial, ref.label, ref.id.hex(), "secret_key", cluster=own.cluster)
     _note(own, "encrypt", ref, kcv=blob["kek_kcv"])
     write_out(json.dumps(blob, separators=(",", ":")).encode())
 
