@@ -213,10 +213,10 @@ def test_a_changed_pin_is_changed_in_the_user_s_file_too(stopped: TlsHost) -> No
     ("how", "says"),
     [
         ("absent", "token_unreachable"),
-        ("other", "token_unreachable"),
+        pytest.param("other", "token_unreachable", marks=pytest.mark.slow),
         ("wrong_pin", "pin_refused"),
-        ("no_pin", "file_absent"),
-        ("open_pin", "file_not_private"),
+        pytest.param("no_pin", "file_absent", marks=pytest.mark.slow),
+        pytest.param("open_pin", "file_not_private", marks=pytest.mark.slow),
         ("damaged", "keystore_"),
     ],
 )

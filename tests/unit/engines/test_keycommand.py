@@ -117,6 +117,12 @@ def test_what_the_engine_refuses_is_one_sentence_each(tmp_path: Path) -> None:
     assert all(". " not in sentence and len(sentence) < 160 for sentence in engine.refuses.values())
 
 
+def test_a_cluster_that_nobody_knows_is_told_without_a_kind(tmp_path: Path) -> None:
+    facts = Keycommand(Request(StateDirectory(str(tmp_path)), "main", dict.fromkeys(keycommand_options()))).info()
+    assert (facts["managed"], facts["problems"]) == (False, [])
+    assert facts["gaps"] == ["This host has no record of the cluster: nothing tells where its server has its key from."]
+
+
 def test_a_secret_of_the_task_is_not_remembered(tmp_path: Path) -> None:
     engine = Keycommand(Request(StateDirectory(str(tmp_path)), "main", {"kind": "secret", "secret": "very-secret"}))
     assert "very-secret" not in repr(engine.options) + repr(engine.options.given)

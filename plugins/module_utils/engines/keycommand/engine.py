@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import typing as t
 
@@ -59,11 +60,18 @@ class Keycommand(Engine):
                 obj=f"cluster {request.cluster}",
                 next_step="Name that engine.",
             )
-        recorded = self.record.options if self.record else {}
-        self.options: Options = complete({key: value for key, value in request.options.items() if key != "secret"}, recorded)
         self.given = secret_from_option("secret", request.options.get("secret"))
 
     # --- what all services share
+
+    @functools.cached_property
+    def options(self) -> Options:
+        """The task's dictionary, completed.
+
+        :raises TdeError: ``invalid_option``.
+        """
+        recorded = self.record.options if self.record else {}
+        return complete({key: value for key, value in self.request.options.items() if key != "secret"}, recorded)
 
     def side(self) -> UserSide:
         """The command side of the cluster."""

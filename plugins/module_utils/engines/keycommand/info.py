@@ -16,6 +16,7 @@ from .work import describe
 
 if t.TYPE_CHECKING:
     from .engine import Keycommand
+    from .options import Options
 
 Facts = t.Dict[str, t.Any]
 
@@ -29,22 +30,26 @@ _KINDS = {
 
 def collect(engine: Keycommand) -> Facts:
     """Everything; nothing is changed, and the user's store is read as the user."""
-    record, options, cluster = engine.record, engine.options, engine.request.cluster
+    record, cluster = engine.record, engine.request.cluster
     problems: list[str] = []
     inner: Facts = {"secret": "", "data_keys": [], "master_keys": [], "adopted": []}
+    options = None
     try:
-        side = engine.side()
-        inner = side.run(lambda: describe(side.own, cluster, options))
+        # Of a cluster that is not ours, what asks need not be known.
+        if record or engine.request.options.get("kind"):
+            options, side = engine.options, engine.side()
+            inner = side.run(lambda: describe(side.own, cluster, engine.options))
     except TdeError as exc:
         problems.append(f"{exc.obj}: {exc.message}" if exc.obj else exc.message)
-    running = postmaster(options.data_directory) if options.data_directory else None
+    directory = options.data_directory if options else None
+    running = postmaster(directory) if directory else None
     source = dict(record.pin_source) if record else None
     found: Facts = {
         "cluster": cluster,
         "engine": engine.name,
         "managed": record is not None,
         "encrypted": False,
-        "coverage": options.kind if record else None,
+        "coverage": options.kind if record and options else None,
         "pin_source": source,
         "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
         "kmip": [],
@@ -56,7 +61,7 @@ def collect(engine: Keycommand) -> Facts:
             "address": running.socket if running else None,
             "running": running is not None,
             "pid": running.pid if running else None,
-            "data_directory": options.data_directory,
+            "data_directory": directory,
             "answers": False,
             "problem": None,
             "error_code": None,
@@ -72,21 +77,21 @@ def collect(engine: Keycommand) -> Facts:
         "problems": problems,
     }
     found["same_disk"] = same_disk(engine.request.state.users, found)
-    found["gaps"] = list(_gaps(found, options.kind, options.os_user))
+    found["gaps"] = [*problems, *_gaps(found, options)]
     return found
 
 
-def _gaps(found: Facts, kind: str, user: str) -> t.Iterator[str]:
+def _gaps(found: Facts, options: Options | None) -> t.Iterator[str]:
     """The sentences; pure."""
-    if not found["managed"]:
+    if not found["managed"] or options is None:
         yield "This host has no record of the cluster: nothing tells where its server has its key from."
         return
     if not found["data_keys"]:
         yield "There is no wrapped secret yet: the server would not get one."
-    if kind in _KINDS:
-        yield _KINDS[kind]
+    if options.kind in _KINDS:
+        yield _KINDS[options.kind]
     yield from keyslot_gaps(found)
     yield from host_gaps(found)
-    yield f"Who acts as user {user} gets the secret without any further credential, and so does the server's superuser: the command answers that user."
+    yield f"Who acts as user {options.os_user} gets the secret without any further credential, and so does the server's superuser: the command answers that user."
     if (found["pin_source"] or {}).get("kind", "none") == "none":
         yield "No PIN source is set: the command gives nothing to the server."
