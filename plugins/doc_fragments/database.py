@@ -21,6 +21,9 @@ options:
       mariadb: >-
         MariaDB, whose server encrypts tables, logs and temporary files itself (file_key_management). Its keys are wrapped by the token and
         reach it in memory only.
+      pg_tde: >-
+        PostgreSQL with the extension pg_tde (Percona) or open_pg_tde, which encrypts tables and write-ahead log itself. Its keys lie in a file that
+        is in memory only and wrapped by the token, in Vault or at a KMIP server.
   cluster:
     description:
       - Name of the cluster in the wrapped-key store, in the token's key labels and in the journal.
@@ -262,6 +265,83 @@ options:
           - Every keyslot of the data keys needs its credential in the task (O(passphrase), O(pin)).
         type: bool
         default: false
+  pg_tde:
+    description:
+      - Options of the engine V(pg_tde). What a task leaves out is taken from the cluster's record on the target, once there is one.
+      - With M(hsm.tde.tde_keystore) and O(state=present) everything is done, if the server answers. The library is loaded, the extension
+        created, the provider added, keys made and set, and the write-ahead log encrypted. What the server reads at its start only is told by
+        RV(restart_required), and the same task, run again after the restart, goes on. O(state=open) gives the server what it needs for its start.
+      - The keys are C(hsm-tde.CLUSTER), after a rotation C(hsm-tde.CLUSTER.TAG), with V(database) as O(pg_tde.scope) followed by C(@DATABASE). Each is
+        looked for at its provider before it is made, and a key in memory is sealed on the disk before it is set.
+      - Another O(pg_tde.provider) gets keys of its own, which are set and verified. Provider and keys of before stay for backups.
+      - A tablespace is here the access method V(tde_heap), the only name possible. Tables are built anew under it in the tablespaces that they are
+        in, one at a time, each locked meanwhile; with a whole database it becomes the default of tables to come. Neither location nor owner can
+        be given.
+      - A standby is never changed. Before keys are rotated on the primary, it must reach the same provider under the same paths.
+    type: dict
+    suboptions:
+      extension:
+        description: The extension, with which its functions and parameters begin; V(pg_tde) if it was never given.
+        type: str
+        choices: [pg_tde, open_pg_tde]
+      provider:
+        description: Where the keys lie; V(file) if it was never given.
+        type: str
+        choices:
+          file: In a file that the server writes in memory only. What is in it lies on the disk sealed by a data key of the store, which the keyslots guard.
+          vault-v2: In a key/value engine of version 2 of Vault. It guards the keys, so no keyslot is listed, or V(primary) with V(kmip).
+          kmip: At the first of O(kmip_servers), under this client's certificate. It guards the keys, so no keyslot is listed, or V(primary) with V(kmip).
+      provider_name:
+        description: The provider's name in the server, 1 to 63 of C(A-Z a-z 0-9 _ . -); C(hsm-tde-PROVIDER) if it was never given.
+        type: str
+      scope:
+        description: Whether the databases share a key; V(global) if it was never given.
+        type: str
+        choices:
+          global: A provider and a default key for all databases. One whose own key somebody else set keeps it.
+          database: A provider and a key for each of O(pg_tde.databases). The write-ahead log has a global one in any case.
+      databases:
+        description: Databases that get the extension; O(login_db) if it was never given.
+        type: list
+        elements: str
+      wal_encrypt:
+        description:
+          - Encrypt the write-ahead log. V(true) if it was never given.
+          - The server then does not start while its key cannot be had; with V(kmip) and V(vault-v2) that service must be up before it.
+        type: bool
+      enforce_encryption:
+        description: Whether nobody can make a table that is not encrypted. Left as it is if it was never given.
+        type: bool
+      cipher:
+        description: Cipher of keys and tables that are made from now on; V(aes_256) if it was never given. Versions that have no choice ignore it.
+        type: str
+        choices: [aes_128, aes_256]
+      data_directory:
+        description: The data directory. Without it that of the server which answers.
+        type: path
+      key_directory:
+        description: >-
+          Where the file system in memory is mounted through which the server gets keys, certificates and tokens, a folder of root's own.
+          C(/run/hsm-tde/CLUSTER) if it was never given.
+        type: path
+      os_user:
+        description: The operating system's user of the server; V(postgres) if it was never given.
+        type: str
+      vault_url:
+        description: URL of Vault, with V(vault-v2).
+        type: str
+      vault_mount_path:
+        description: Where the key/value engine is mounted.
+        type: str
+      vault_token:
+        description: File of root's, mode 0600, that holds the token. The server is given a copy in memory.
+        type: path
+      vault_ca:
+        description: File with the certificates (PEM) of the authority that is trusted for Vault.
+        type: path
+      vault_namespace:
+        description: Namespace of Vault.
+        type: str
 requirements:
   - psycopg 3.1 or newer, for MariaDB PyMySQL 1.1 or newer, and cryptography on the target; the role P(hsm.tde.prerequisites#role) installs them
 extends_documentation_fragment:

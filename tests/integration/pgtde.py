@@ -4,16 +4,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
+import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import typing as t
 from pathlib import Path
+from unittest import mock
 
-from ansible_collections.hsm.tde.tests.integration import postgres, support
+from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
+from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
+from ansible_collections.hsm.tde.tests.integration import estate, postgres, support
 
 STANDIN = support.ROOT / "tests/standins/pg_tde"
 #: Where the private tree is built: other users run its programs, so the folder is root's and no temporary one.
@@ -139,3 +148,115 @@ class Vault:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+
+class Host:
+    """A server of the stand-in with a token, a state directory and a folder in memory of its own."""
+
+    def __init__(self, home: Path, extension: str = "pg_tde") -> None:
+        self.home = home
+        self.hsm = support.SoftHsm(home / "hsm")
+        self.hsm.add_token("demo")
+        self.hsm.add_token("second")
+        self.state = home / "state"
+        self.keys = home / "keys"
+        self.server = PgTdeServer(home, extension=extension)
+        self.options: dict[str, t.Any] = {
+            "key_directory": str(self.keys),
+            "databases": ["shop", "postgres"],
+            "extension": extension,
+        }
+        #: Options at top level that every task is given, such as those of a KMIP service.
+        self.more: dict[str, t.Any] = {}
+
+    def arguments(self, **more: t.Any) -> dict[str, t.Any]:
+        """A task's options; one that is None is left out."""
+        arguments = {
+            "engine": "pg_tde", "cluster": "main", "state_directory": str(self.state), "pg_tde": self.options,
+            **self.server.options(), **self.hsm.options(token_label="demo", pin=self.hsm.pin), **self.more, **more,
+        }  # fmt: skip
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def run(self, module: str, *, check: bool = False, **more: t.Any) -> dict[str, t.Any]:
+        """Run a module, which must succeed."""
+        result = support.run_module(module, self.arguments(**more), check=check, diff=True)
+        assert not result.get("failed"), result
+        return result
+
+    def refused(self, module: str, code: str, **more: t.Any) -> dict[str, t.Any]:
+        """Run a module, which must fail with an error code."""
+        result = support.run_module(module, self.arguments(**more), diff=True)
+        assert result.get("error_code") == code, result
+        return result
+
+    def journal(self) -> list[dict[str, t.Any]]:
+        """The journal, its chain checked."""
+        return Journal(StateDirectory(str(self.state)).journal).entries()
+
+    def present(self, **more: t.Any) -> dict[str, t.Any]:
+        """The keystore made, the server restarted as often as it says."""
+        for dummy in range(3):
+            result = self.run("tde_keystore", **{"keyslots": estate.SLOTS, **more})
+            if not result["restart_required"]:
+                return result
+            self.server.restart()
+        raise AssertionError(result)
+
+    def set_keys(self) -> dict[str, str]:
+        """The keys that are set, with their providers."""
+        e = self.options["extension"]
+        call = "SELECT key_name || ' of ' || provider_name FROM {}()"
+        found = {"default": call.format(f"{e}_default_key_info"), "server": call.format(f"{e}_server_key_info")}
+        return {
+            **{name: self.server.psql(query) for name, query in found.items()},
+            "shop": self.server.psql(call.format(f"{e}_key_info"), "shop"),
+        }
+
+    def reboot(self) -> None:
+        """What a reboot takes away, and what the boot does with the credentials at hand."""
+        self.server.stop()
+        if os.path.ismount(self.keys):
+            subprocess.run(["umount", str(self.keys)], check=True)
+        self.run("tde_keystore", state="open")
+        self.server.start()
+
+
+@contextlib.contextmanager
+def host(preload: bool = True, extension: str = "pg_tde") -> t.Iterator[Host]:
+    """A host whose server runs, with a database ``shop`` in the clear.
+
+    :param preload: the server has loaded the library.
+    """
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    home = Path(tempfile.mkdtemp(prefix="hsm-tde-pgtde.", dir=base))
+    home.chmod(0o755)
+    cheap = mock.patch.object(passphrase, "default_kdf", return_value=passphrase.Scrypt(log_n=10))
+    made = Host(home, extension)
+    try:
+        with cheap:
+            made.server.initdb()
+            if not preload:
+                made.server.configure(shared_preload_libraries="")
+            made.server.start()
+            made.server.psql("CREATE DATABASE shop")
+            made.server.psql(
+                f"CREATE TABLE orders (id int PRIMARY KEY, body text); INSERT INTO orders SELECT g, '{MARKER} ' || g FROM generate_series(1, 500) g;"
+                "CREATE SCHEMA old; CREATE TABLE old.parts (id int, body text) PARTITION BY RANGE (id);"
+                "CREATE TABLE old.parts_1 PARTITION OF old.parts FOR VALUES FROM (0) TO (100); INSERT INTO old.parts VALUES (1, 'one')",
+                "shop",
+            )
+            yield made
+    finally:
+        made.server.stop()
+        subprocess.run(["umount", str(made.keys)], check=False, capture_output=True)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def preload() -> None:
+    """Import what the tasks import when they come to it."""
+    ours = "ansible_collections.hsm.tde.plugins.module_utils.engines.pg_tde"
+    for name in (*(f"{ours}.{one}" for one in ("engine", "keystore", "tablespaces")), "kmip.core.messages.payloads"):
+        importlib.import_module(name)
+
+
+MARKER = "hsmtde-marker-7041"

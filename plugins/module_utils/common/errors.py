@@ -749,6 +749,27 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The Security World's folder is not on the common store.",
         "Mount the common store, or link the folder to it; do not copy keys by hand.",
     ),
+    # engines: pg_tde and its key providers
+    "provider_without_key": ErrorCode(
+        "absent",
+        "A key provider does not have a key that it must have.",
+        "Bring the key there, or name the provider that has it; then run again.",
+    ),
+    "backup_running": ErrorCode(
+        "locked",
+        "A base backup runs, and keys must not change meanwhile: it would hold keys and data of two times.",
+        "Wait for the backup's end, then run again.",
+    ),
+    "vault_unreachable": ErrorCode(
+        "unreachable",
+        "Vault does not answer, or answers what cannot be read; whether a key is there is not known.",
+        "Bring it up, and check vault_url and vault_ca.",
+    ),
+    "vault_refused": ErrorCode(
+        "refused",
+        "Vault refused the token, or its policy does not allow what is needed.",
+        "Check the token and its policy.",
+    ),
 }
 
 

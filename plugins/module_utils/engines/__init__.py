@@ -14,7 +14,7 @@ if t.TYPE_CHECKING:
     from .base import Engine
 
 #: The engines by the name under which users choose them; the doc fragment has a sentence on each.
-ENGINES = ("postgresql", "keycommand", "fep", "mariadb")
+ENGINES = ("postgresql", "keycommand", "fep", "mariadb", "pg_tde")
 
 
 def load(name: str) -> type[Engine]:
@@ -38,6 +38,10 @@ def load(name: str) -> type[Engine]:
         from .mariadb.engine import MariaDb
 
         return MariaDb
+    if name == "pg_tde":
+        from .pg_tde.engine import PgTde
+
+        return PgTde
     raise TdeError("invalid_option", "is not an engine that this version knows", obj=f"engine {name!r}")
 
 
@@ -103,6 +107,28 @@ def mariadb_options() -> dict[str, t.Any]:
     }
 
 
+def pg_tde_options() -> dict[str, t.Any]:
+    """The dictionary of the engine pg_tde."""
+    return {
+        "extension": {"type": "str", "choices": ["pg_tde", "open_pg_tde"]},
+        "provider": {"type": "str", "choices": ["file", "vault-v2", "kmip"]},
+        "provider_name": {"type": "str"},
+        "scope": {"type": "str", "choices": ["global", "database"]},
+        "databases": {"type": "list", "elements": "str"},
+        "wal_encrypt": {"type": "bool"},
+        "enforce_encryption": {"type": "bool"},
+        "cipher": {"type": "str", "choices": ["aes_128", "aes_256"]},
+        "data_directory": {"type": "path"},
+        "key_directory": {"type": "path", "no_log": False},
+        "os_user": {"type": "str"},
+        "vault_url": {"type": "str"},
+        "vault_mount_path": {"type": "str"},
+        "vault_token": {"type": "path", "no_log": False},
+        "vault_ca": {"type": "path"},
+        "vault_namespace": {"type": "str"},
+    }
+
+
 def database_options() -> dict[str, t.Any]:
     """Options of every module of the action group ``hsm.tde.database`` (fragment ``hsm.tde.database``)."""
     return {
@@ -119,6 +145,7 @@ def database_options() -> dict[str, t.Any]:
         "keycommand": {"type": "dict", "apply_defaults": True, "options": keycommand_options()},
         "fep": {"type": "dict", "apply_defaults": True, "options": fep_options()},
         "mariadb": {"type": "dict", "apply_defaults": True, "options": mariadb_options()},
+        "pg_tde": {"type": "dict", "apply_defaults": True, "options": pg_tde_options()},
         **pkcs11_options(),
         **kmip_options(),
     }

@@ -52,7 +52,7 @@ def proofs(engine: Fep, wish: ProofWish) -> list[Facts]:
     access = state.server.access
     with postgres.connect(access) as connection:
         postgres.checkpoint(connection)
-    control = _control(access, answer)
+    control = plain_control(access, answer)
     found = []
     if wish.data_directory:
         links = os.path.join(answer.data_directory, "pg_tblspc")
@@ -64,7 +64,7 @@ def proofs(engine: Fep, wish: ProofWish) -> list[Facts]:
     for name in wish.tablespaces:
         found.append(_tablespace(access, answer, name, control))
     for name in wish.relations:
-        found.append(_relation(access, answer, name, control))
+        found.append(prove_relation(access, answer, name, control))
     return found
 
 
@@ -75,7 +75,7 @@ def _files(directory: str) -> list[str]:
     )
 
 
-def _control(access: postgres.Access, answer: postgres.Server) -> int:
+def plain_control(access: postgres.Access, answer: postgres.Server) -> int:
     """Plain pages in a file that no tablespace encrypts: the catalog of relations."""
     with postgres.connect(access) as connection:
         row = connection.execute("SELECT pg_relation_filepath('pg_class'::regclass)").fetchone()
@@ -83,7 +83,7 @@ def _control(access: postgres.Access, answer: postgres.Server) -> int:
     return facts.pages[pages.PLAIN]
 
 
-def _values(connection: psycopg.Connection[t.Any], *, space: int = 0, oid: int = 0) -> set[bytes]:
+def held_values(connection: psycopg.Connection[t.Any], *, space: int = 0, oid: int = 0) -> set[bytes]:
     """Values that the tables of a place hold, or those of one table."""
     from psycopg import sql as quoted
 
@@ -108,15 +108,15 @@ def _tablespace(access: postgres.Access, answer: postgres.Server, name: str, con
     for database in answer.databases:
         if database.connects and not database.template and space.location:
             with postgres.connect(access, database.name) as connection:
-                known |= _values(connection, space=space.oid)
+                known |= held_values(connection, space=space.oid)
                 if database.tablespace == name:
-                    known |= _values(connection)
+                    known |= held_values(connection)
     facts = pages.read(_files(directory), known)
     facts.control = control
     return pages.told(name, directory, facts, [])
 
 
-def _relation(access: postgres.Access, answer: postgres.Server, name: str, control: int) -> Facts:
+def prove_relation(access: postgres.Access, answer: postgres.Server, name: str, control: int) -> Facts:
     parts = name.split(".")
     if len(parts) != 3 or not all(parts):
         raise TdeError("invalid_option", "must be DATABASE.SCHEMA.NAME", obj=f"relation {name!r}")
@@ -129,7 +129,7 @@ def _relation(access: postgres.Access, answer: postgres.Server, name: str, contr
             "SELECT c.oid::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
             (schema, relation),
         ).fetchone()
-        known = _values(connection, oid=row[0]) if row else set()
+        known = held_values(connection, oid=row[0]) if row else set()
     if not paths:
         raise TdeError("relation_absent", "does not exist, or holds nothing", obj=f"relation {name}")
     files = [file for path in paths for file in relation_files(os.path.realpath(os.path.join(answer.data_directory, path)))]

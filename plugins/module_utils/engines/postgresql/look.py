@@ -20,7 +20,6 @@ from ..base import Connection
 from ..keyslots import Key
 from . import server as servers
 from . import sql
-from .options import Options
 from .plan import CLUSTER_KEY, PlaceFacts
 
 Entries = t.Sequence[t.Mapping[str, t.Any]]
@@ -200,7 +199,20 @@ class Server:
         return self.error is not None and self.error.code in ("server_foreign", "server_not_local")
 
 
-def data_directory(options: Options) -> str:
+class Named(t.Protocol):
+    """What tells which server is meant; engines that build on this one have options of their own."""
+
+    @property
+    def data_directory(self) -> str | None: ...
+
+    @property
+    def debian_cluster(self) -> str | None: ...
+
+    @property
+    def os_user(self) -> str: ...
+
+
+def data_directory(options: Named) -> str:
     """The data directory, as far as options, record or Debian's tools tell it without the server."""
     if options.data_directory:
         return options.data_directory
@@ -211,7 +223,7 @@ def data_directory(options: Options) -> str:
     return ""
 
 
-def server(connection: Connection, options: Options, *, ask: bool = True) -> Server:
+def server(connection: Connection, options: Named, *, ask: bool = True) -> Server:
     """The server, asked if it answers.
 
     :param ask: connect to it; without, its processes are looked at only.
