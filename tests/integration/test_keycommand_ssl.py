@@ -250,6 +250,26 @@ def test_without_the_right_token_the_server_says_why_it_does_not_start(stopped: 
         host.pin_file.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
+def test_a_token_that_hangs_is_said_before_pg_ctl_gives_up(stopped: TlsHost) -> None:
+    """SoftHSM reads its configuration from a pipe into which nobody writes."""
+    conf = stopped.host.softhsm.conf
+    kept = conf.read_text()
+    conf.unlink()
+    os.mkfifo(conf, 0o644)
+    started = time.monotonic()
+    try:
+        assert not stopped.start()
+        assert time.monotonic() - started < 60
+        ours = [line for line in stopped.log().splitlines() if line.startswith("hsm-tde: ")]
+        assert len(ours) == 1
+        assert "(timeout)" in ours[0]
+    finally:
+        conf.unlink()
+        conf.write_text(kept)
+        conf.chmod(0o644)
+
+
 def test_the_recovery_passphrase_gives_the_secret_without_the_token(stopped: TlsHost) -> None:
     right = stopped.host.run("unwrap", "--cluster", "main").stdout
     shutil.rmtree(stopped.host.softhsm.tokendir)
