@@ -164,6 +164,7 @@ def test_rotated_by_a_tag_and_by_nothing_else(cluster: FepEstate) -> None:
     assert cluster.server.is_open()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_a_rotation_that_was_killed_is_done_once(cluster: FepEstate, after: bool) -> None:
     """Before the server was asked it is done by the next run; after it, the keystore's file says that it was done."""
@@ -218,6 +219,7 @@ def test_the_pin_changes_while_the_database_is_in_use(cluster: FepEstate) -> Non
     assert "user PIN rests" in gaps
 
 
+@pytest.mark.slow
 def test_no_start_tries_a_wrong_pin_wherever_a_change_is_killed(cluster: FepEstate) -> None:
     """After each step that a kill may follow, the include file has no PIN, or one that the token takes."""
     cluster.run("tde_keystore", keyslots=SLOTS, fep={**cluster.options, "auto_open": True})
@@ -324,6 +326,12 @@ def test_bad_input_is_told_apart_and_changes_nothing(cluster: FepEstate) -> None
     refused("tde_keystore", "os_user_absent", fep={**cluster.options, "os_user": "nobody-here"}, keyslots=SLOTS)
     refused("tde_keystore", "server_refused", login_user="nobody", keyslots=SLOTS)
     refused("tde_master_key", "engine_unsupported", keyslot="recovery")
+    assert cluster.host
+    cluster.host.member(False)
+    try:
+        refused("tde_keystore", "opencryptoki_user_outside_group", keyslots=SLOTS)
+    finally:
+        cluster.host.member(True)
 
 
 def test_tablespaces_that_cannot_be(cluster: FepEstate) -> None:

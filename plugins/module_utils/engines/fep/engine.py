@@ -190,7 +190,7 @@ class Fep(Engine):
             return Keystore(self, wish, check).outcome()
 
     def master_key(self, wish: MasterKeyWish, *, check: bool) -> Outcome:
-        from .keystore import MasterKey
+        from .masterkey import MasterKey
 
         with self.locked(check):
             self.reread()

@@ -1,21 +1,19 @@
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The keystore of a cluster: configured, made, opened, its credential changed; its master key set once and rotated."""
+"""The keystore of a cluster: configured, made, opened, its credential changed."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import typing as t
 
 from ...common.errors import TdeError
-from ...common.journal import Journal
 from ...common.plan import Plan, Step
 from ...common.secret import Secret
-from ...pkcs11 import pins, resting
+from ...pkcs11 import opencryptoki, pins, resting
 from ...pkcs11.token import TokenAccess, TokenInfo, open_session
 from .. import record as records
-from ..base import KeystoreWish, MasterKeyWish, Outcome, SlotWish
+from ..base import KeystoreWish, Outcome, SlotWish
 from . import look, plan, public
 from .options import FILE, HSM, PLUGIN, check_present
 
@@ -62,7 +60,8 @@ class Task:
             except TdeError as exc:
                 if not (self.check and exc.code == "token_absent" and self.engine.record is None):
                     raise
-                self.warnings.append(f"{exc.obj}: {exc.message} yet: an earlier task will make it.")
+                said = f"{exc.obj}: {exc.message} yet: an earlier task will make it."
+                self.warnings = [said]
                 return None
         return self.token.slot_id
 
@@ -245,6 +244,7 @@ class Keystore(Task):
             self.engine.usable(state)
             recorded = str(self.engine.record.options.get("keystore")) if self.engine.record else None
             plan.check_kind(self.options, recorded, state)
+            self._check_group()
             plan.check_coming(self.options, state)
             steps = self._steps(state)
             self.verify(steps)
@@ -260,6 +260,23 @@ class Keystore(Task):
         created = any(step.action == "create_cluster" for step in outcome.plan)
         outcome.facts.update({"master_keys": made, "start_required": created and state.server.process is None})
         return outcome
+
+    def _check_group(self) -> None:
+        """Refuse a server that openCryptoki would answer nothing but FunctionFailed.
+
+        :raises TdeError: ``opencryptoki_user_outside_group``.
+        """
+        access = self.request.access
+        if self.options.keystore != HSM or access is None or not opencryptoki.is_opencryptoki(access.library.path):
+            return
+        named = opencryptoki.members()
+        if named is not None and self.options.os_user not in named:
+            raise TdeError(
+                "opencryptoki_user_outside_group",
+                f"is not a member of the group {opencryptoki.GROUP}, so the server could not reach the token",
+                obj=f"user {self.options.os_user}",
+                next_step="Make it one (the role hsm.tde.opencryptoki, opencryptoki_users), then restart the server.",
+            )
 
     def _steps(self, state: look.State) -> Plan:
         options = self.options
@@ -345,61 +362,3 @@ class Keystore(Task):
         if state.server.process is None and state.made and state.server.error is not None:
             raise state.server.error
         self.engine.usable(state)
-
-
-class MasterKey(Task):
-    """One task of ``tde_master_key``."""
-
-    def __init__(self, engine: Fep, wish: MasterKeyWish, check: bool, today: datetime.date) -> None:
-        super().__init__(engine, check)
-        self.wish = wish
-        self.today = today
-
-    def outcome(self) -> Outcome:
-        """Carry the wish out."""
-        wish = self.wish
-        if wish.keyslot != "primary":
-            raise TdeError("engine_unsupported", "Enterprise Postgres has one keyslot, primary", obj=f"keyslot {wish.keyslot}")
-        if self.engine.record is None and not self.check:
-            self.engine.known()
-        state = self.seen()
-
-        def decide() -> tuple[Plan, Facts]:
-            nonlocal state
-            state = self.seen()
-            self.engine.usable(state)
-            steps: Plan = []
-            if plan.ready(self.options, state):
-                steps = self._steps(state)
-                self.verify(steps)
-            return steps, public.facts(self.options, state)
-
-        outcome = self.engine.rounds(decide, self.run, check=self.check)
-        outcome = self.finish(outcome, state)
-        if not state.made:
-            outcome.warnings.append("There is no master key yet: the server must be started with the keystore's settings first.")
-        outcome.facts.update(
-            {
-                "master_key": self.master_key_words(state.key),
-                "age_days": plan.age_days(state.key, self.today),
-            }
-        )
-        return outcome
-
-    def _steps(self, state: look.State) -> Plan:
-        wish = self.wish
-        steps = plan.master_key(self.options, state, self.credential())
-        if steps or wish.state != "rotated":
-            return steps
-        entries = Journal(self.request.state.journal).entries()
-        steps = plan.rotation(
-            self.options,
-            state,
-            tag=wish.tag,
-            max_age=wish.max_age,
-            tags=look.tags(entries, self.request.cluster),
-            today=self.today,
-        )
-        if steps and self.options.keystore != PLUGIN and self.wished is None:
-            raise TdeError("credential_missing", f"the rotation needs the {self.engine.secret_kind()}", obj="master key")
-        return steps

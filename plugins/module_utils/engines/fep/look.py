@@ -290,7 +290,7 @@ def server(options: Options, connection: Connection, recorded: t.Mapping[str, t.
         port=process.port if process and process.port else None,
     )
     if process is None and options.data_directory:
-        error = TdeError("server_down", "no server runs on it", obj=f"data directory {options.data_directory}")
+        error = TdeError("server_down", "does not run", obj=f"server on {options.data_directory}")
         return Server(access, None, error=error)
     try:
         with postgres.connect(access) as opened:

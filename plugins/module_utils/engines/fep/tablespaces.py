@@ -42,7 +42,6 @@ class Tablespaces:
         self.warnings: list[str] = []
         self.progress: list[Facts] = []
         self._state: look.State | None = None
-        self._coming = False
 
     @property
     def state(self) -> look.State:
@@ -52,7 +51,7 @@ class Tablespaces:
         """Carry the wish out."""
         if self.engine.record is None and not self.check:
             self.engine.known()
-        outcome = self.engine.rounds(self._decide, self._run, check=self.check)
+        outcome = self.engine.rounds(self._coming if self._fresh() else self._decide, self._run, check=self.check)
         outcome.warnings += self.warnings
         notes = []
         if self.progress or (self.check and any(step.action in MOVES for step in outcome.plan)):
@@ -78,6 +77,30 @@ class Tablespaces:
             }
         )
         return outcome
+
+    def _fresh(self) -> bool:
+        """Whether earlier tasks, which check mode does not carry out, will make what the tablespaces need."""
+        if not self.check or (self.engine.record is not None and self._has_cluster()):
+            return False
+        self._warn(f"Cluster {self.engine.request.cluster} is not there yet: earlier tasks will make it.")
+        return True
+
+    def _has_cluster(self) -> bool:
+        return os.path.lexists(os.path.join(self.options.data_directory or "/nonexistent", "PG_VERSION"))
+
+    def _coming(self) -> tuple[Plan, Facts]:
+        """The tablespaces that are to come."""
+        self._state = self.engine.state(self.acts)
+        steps = [
+            Step(
+                "create_tablespace",
+                f"tablespace {item.name}",
+                "once there is a keystore",
+                {"name": item.name, "path": self._location(item), "owner": item.owner, "algorithm": item.algorithm},
+            )
+            for item in self.wish.items
+        ]
+        return steps, public.facts(self.options, self.state)
 
     # --- deciding
 
