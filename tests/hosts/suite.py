@@ -81,7 +81,7 @@ def main() -> int:
                 "--keep-unit",
                 "--as-pid2",
                 f"--directory={root}",
-                f"--machine={_NAME}",
+                f"--machine={name}",
                 "--console=pipe",
                 "--resolv-conf=copy-host",
                 "--timezone=off",

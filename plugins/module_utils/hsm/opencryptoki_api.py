@@ -211,6 +211,8 @@ def _look(path: str) -> dict[str, t.Any]:
 
 def _privately(libc: t.Any, path: str, files: t.Mapping[str, bytes], folders: t.Mapping[str, str]) -> dict[str, t.Any]:
     """In name spaces of its own: the folders, the daemon, the question."""
+    if base.members() is None:
+        raise TdeError("opencryptoki_missing", f"the group {base.GROUP} does not exist", obj="openCryptoki")
     kept = _configuration()
     _mount(libc, "none", "/", None, _MS_REC | _MS_PRIVATE, None)
     places = [*_PRIVATE, *(["/var/lock"] if os.path.isdir("/var/lock") and not os.path.islink("/var/lock") else [])]
