@@ -90,7 +90,7 @@ def _settings(server: Facts) -> t.Iterator[str]:
 def _access(server: Facts) -> t.Iterator[str]:
     settings = server["settings"]
     if not settings.get("secure_file_priv"):
-        yield "Accounts with the privilege FILE can read the key file with LOAD_FILE: set secure_file_priv to a directory of its own."
+        yield "Accounts with the privilege FILE can read the key file with LOAD DATA INFILE: set secure_file_priv to a directory of its own."
     if settings.get("general_log", "OFF").upper() == "ON" or settings.get("slow_query_log", "OFF").upper() == "ON":
         yield "The general or the slow query log is on: it holds statements with their values, in the clear."
     if server["replicas_attached"]:

@@ -21,6 +21,7 @@ import typing as t
 BUDGET = 32 << 20
 
 _MAGIC = b"s\x0e\x0cREt"
+_IV_BYTES = 16
 _FLAGS = 54
 #: Of the flags: full_crc32 (MariaDB 10.4.3 and newer), and in its form the page size and a compression.
 _FULL_CRC32, _SIZE, _COMPRESSED = 0x10, 0xF, 0xE0
@@ -91,12 +92,10 @@ def layout(first: bytes) -> Layout | None:
 def crypt(first: bytes) -> Crypt | None:
     """Encryption's data in the first page, None if it has none."""
     place = first.find(_MAGIC)
-    if place < 0 or len(first) < place + 33:
+    # Magic, type, length of the iv, iv, smallest version of the key, number of the key, whether it is asked for.
+    if place < 0 or len(first) < place + 33 or first[place + 7] != _IV_BYTES:
         return None
-    length = first[place + 7]
-    iv = first[place + 8 : place + 8 + length]
-    key = struct.unpack(">I", first[place + 12 + length : place + 16 + length])[0]
-    return Crypt(key, iv) if length == 16 else None
+    return Crypt(struct.unpack(">I", first[place + 28 : place + 32])[0], first[place + 8 : place + 24])
 
 
 def derived(key: bytes, iv: bytes) -> bytes:
