@@ -15,6 +15,11 @@ description:
   - Brings the keyslots of existing data keys to the wish, one at a time. The new one is added, then proved, then the old one is removed.
     Data is not encrypted anew and the server runs on.
   - With O(state=open) mounts the storage and gives the kernel the keys of all places; with O(state=closed) takes them away.
+  - With O(engine=fep) the server has a keystore of its own. V(present) writes its settings, and once the server runs with them sets the master key,
+    which makes the keystore; V(open) opens it in the running server, as is needed after each start. The one keyslot V(primary) says what protects
+    it, V(token) or V(passphrase). Its C(pin) or C(passphrase) is the wished one, where O(pin) or O(passphrase) is the present one.
+  - A changed PIN is first taken out of the server's settings if it rests there, then changed in the token and proved, then written anew. No start in
+    between tries a wrong PIN.
   - A token, store or place that the target remembers and that does not show is an error. Nothing is created in its place.
   - A run that was killed is finished by the next one.
 author:
@@ -31,8 +36,8 @@ options:
     type: str
     choices:
       present: The keystore is made and its keyslots are as wished. A keystore that is closed stays closed.
-      open: Its storage is mounted and the kernel holds the keys of all its places.
-      closed: The kernel holds none of its keys.
+      open: Its storage is mounted and the kernel holds the keys of all its places; with O(engine=fep) the server has opened it.
+      closed: The kernel holds none of its keys. Not possible with O(engine=fep), whose server keeps it open until it stops.
     default: present
   keyslots:
     description:
@@ -160,6 +165,31 @@ EXAMPLES = r"""
       - name: primary
         token_label: second
         pin: "{{ vault_second_pin }}"
+
+- name: Enterprise Postgres with its master key in a slot of openCryptoki; the server is restarted by whoever may
+  hsm.tde.tde_keystore:
+    engine: fep
+    cluster: main
+    library: /usr/lib64/opencryptoki/libopencryptoki.so
+    token_label: fujitsu_enterprise
+    pin: "{{ vault_pin }}"
+    fep:
+      keystore: hsm
+      keystore_location: /var/lib/fep/mek_keystore
+      data_directory: /var/lib/fep/data
+    keyslots:
+      - name: primary
+
+- name: Its PIN changed, in the token and wherever it rests
+  hsm.tde.tde_keystore:
+    engine: fep
+    cluster: main
+    library: /usr/lib64/opencryptoki/libopencryptoki.so
+    token_label: fujitsu_enterprise
+    pin: "{{ vault_pin }}"
+    keyslots:
+      - name: primary
+        pin: "{{ vault_new_pin }}"
 
 - name: Open it after a boot
   hsm.tde.tde_keystore:
