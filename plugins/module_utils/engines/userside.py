@@ -29,6 +29,7 @@ from ..common.isolate import isolated
 from ..common.plan import Plan, Step
 from ..common.secret import Secret
 from ..common.state import StateDirectory
+from ..pkcs11.resting import at_rest
 from . import record as records
 
 #: A PIN that a user reads and nobody writes.
@@ -127,14 +128,10 @@ class UserSide:
         write_atomic(path, pin.reveal() + b"\n", mode=_PIN_MODE, uid=self.user.pw_uid, gid=self.user.pw_gid)
 
     def _at_rest(self, path: str) -> Secret | None:
-        try:
-            raw = read_private(path, owners=(0, self.user.pw_uid))
-            owner = os.lstat(path).st_uid
-        except TdeError as exc:
-            if exc.code != "file_absent":
-                raise
+        if not os.path.lexists(path):
             return None
-        return Secret(raw.removesuffix(b"\n")) if owner == self.user.pw_uid else None
+        pin = at_rest(path, of_anybody=True).settled
+        return pin if os.lstat(path).st_uid == self.user.pw_uid else None
 
 
 def leftovers(path: str) -> list[str]:

@@ -204,6 +204,20 @@ def test_a_record_that_the_user_could_write_is_not_read(side: userside.UserSide)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's files are root's to make")
+def test_a_pin_is_not_put_where_the_user_could_exchange_it(tmp_path: Path) -> None:
+    user = pwd.getpwnam("nobody")
+    side = userside.UserSide(StateDirectory(str(tmp_path / "state")), "main", user)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "pin").write_text("1234\n")
+    for path in (folder, folder / "pin"):
+        os.chown(path, user.pw_uid, -1)
+    (folder / "pin").chmod(0o400)
+    wished = dataclasses.replace(record(side), pin_source={"kind": "file", "path": str(folder / "pin")})
+    assert refusal(lambda: side.plan(wished, Secret("1234"))) == "file_not_private"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's files are root's to make")
 def test_a_folder_that_a_killed_run_left_is_given_away_and_one_with_content_is_not(tmp_path: Path) -> None:
     user = pwd.getpwnam("nobody")
     folder = tmp_path / "own"
