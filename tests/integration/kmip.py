@@ -48,7 +48,16 @@ _NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
 # Once: each task that a test forks would take half a second for it.
 importlib.import_module("kmip.core.messages.payloads")
 
-_SERVE = "from kmip.services.server.server import main; main()"
+#: It ends with the test process, however that ends: then its standard input does.
+_SERVE = """
+import os, signal, threading
+def last():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=last, daemon=True).start()
+from kmip.services.server.server import main
+main()
+"""
 
 
 def _write(path: Path, data: bytes) -> Path:
@@ -159,7 +168,9 @@ class KmipServer:
         with open(self.home / "output", "ab") as output:
             argv = [sys.executable, "-c", _SERVE, "-f", str(self.home / "server.conf"), "-l", str(self.home / "server.log")]
             # A group of its own: it has a child for its policies.
-            self._process = subprocess.Popen(argv, stdout=output, stderr=output, cwd="/", start_new_session=True)
+            self._process = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd="/", start_new_session=True
+            )
         deadline = time.monotonic() + 30
         while not self._listens():
             assert self._process.poll() is None, (self.home / "output").read_text()
@@ -176,7 +187,7 @@ class KmipServer:
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(10)
+            self._process.communicate(timeout=10)
             self._process = None
 
     def pause(self) -> None:
