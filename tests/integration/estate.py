@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -207,7 +206,6 @@ def estate(**engine: t.Any) -> t.Iterator[Estate]:
             while os.path.ismount(made.mount) and time.monotonic() < deadline:
                 subprocess.run(["umount", str(made.mount)], check=False, capture_output=True)
                 time.sleep(0.05)
-            shutil.rmtree(home, ignore_errors=True)
 
 
 def moments(count: int, longest: float) -> list[float]:
