@@ -22,7 +22,7 @@ from unittest import mock
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
-from ansible_collections.hsm.tde.tests.integration import estate, postgres, support
+from ansible_collections.hsm.tde.tests.integration import estate, killing, postgres, support
 
 STANDIN = support.ROOT / "tests/standins/pg_tde"
 #: Where the private tree is built: other users run its programs, so the folder is root's and no temporary one.
@@ -222,11 +222,12 @@ class Host:
 
 
 @contextlib.contextmanager
-def host(preload: bool = True, extension: str = "pg_tde") -> t.Iterator[Host]:
+def host(loaded: bool = True, extension: str = "pg_tde") -> t.Iterator[Host]:
     """A host whose server runs, with a database ``shop`` in the clear.
 
-    :param preload: the server has loaded the library.
+    :param loaded: the server has loaded the library.
     """
+    preload()
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     home = Path(tempfile.mkdtemp(prefix="hsm-tde-pgtde.", dir=base))
     home.chmod(0o755)
@@ -235,7 +236,7 @@ def host(preload: bool = True, extension: str = "pg_tde") -> t.Iterator[Host]:
     try:
         with cheap:
             made.server.initdb()
-            if not preload:
+            if not loaded:
                 made.server.configure(shared_preload_libraries="")
             made.server.start()
             made.server.psql("CREATE DATABASE shop")
@@ -255,8 +256,9 @@ def host(preload: bool = True, extension: str = "pg_tde") -> t.Iterator[Host]:
 def preload() -> None:
     """Import what the tasks import when they come to it."""
     ours = "ansible_collections.hsm.tde.plugins.module_utils.engines.pg_tde"
-    for name in (*(f"{ours}.{one}" for one in ("engine", "keystore", "tablespaces")), "kmip.core.messages.payloads"):
+    for name in (*(f"{ours}.{one}" for one in ("engine", "keystore", "tablespaces", "info")), "kmip.core.messages.payloads"):
         importlib.import_module(name)
+    killing.preload()
 
 
 MARKER = "hsmtde-marker-7041"

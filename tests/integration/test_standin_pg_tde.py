@@ -125,6 +125,17 @@ def test_kmip_provider_and_its_traps(server: PgTdeServer, kmip_server: KmipServe
     server.psql("SELECT pg_tde_verify_key()", "other")
 
 
+def test_two_creates_at_once_spoil_a_name_at_a_kmip_server(server: PgTdeServer) -> None:
+    for number in range(5):
+        create = f"SELECT pg_tde_create_key_using_global_key_provider('twice{number}', 'k')"
+        for one in [server.popen("psql", "-X", "-d", "postgres", "-c", create) for _number in range(3)]:
+            one.communicate(timeout=30)
+        said = server.psql(f"SELECT pg_tde_set_key_using_global_key_provider('twice{number}', 'k')", "other", check=False)
+        if "failed to retrieve" in said:
+            return
+    raise AssertionError(said)
+
+
 def test_vault_provider_and_its_trap(server: PgTdeServer) -> None:
     with Vault(server.home) as vault:
         add = f"SELECT pg_tde_add_global_key_provider_vault_v2('v', '{vault.url}', 'tde', '{vault.token}', '')"

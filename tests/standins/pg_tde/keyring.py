@@ -17,12 +17,16 @@ import os
 import struct
 import sys
 import time
-from pathlib import Path
 
 #: KeyInfo of keyring_api.h: name[256], KeyData {data[32], unsigned len}.
 ENTRY = struct.Struct("<256s32sI")
 GLOBAL, SERVER, DEFAULT = "global", "server", "default"
 TYPES = ("file", "vault-v2", "kmip")
+
+
+def read(path):
+    with open(path, "rb") as handle:
+        return handle.read()
 
 
 class Refused(Exception):
@@ -44,7 +48,7 @@ warnings = []
 
 def file_get(options, name):
     try:
-        content = Path(options["path"]).read_bytes()
+        content = read(options["path"])
     except OSError:
         # As the product: a file that cannot be opened has no keys.
         return None
@@ -83,7 +87,7 @@ def vault(options, path, data=None):
     import urllib.error
     import urllib.request
 
-    headers = {"X-Vault-Token": Path(options["tokenPath"]).read_text().split()[0], "Content-Type": "application/json"}
+    headers = {"X-Vault-Token": read(options["tokenPath"]).decode().split()[0], "Content-Type": "application/json"}
     if options.get("namespace"):
         headers["X-Vault-Namespace"] = options["namespace"]
     context = ssl.create_default_context(cafile=options.get("caPath") or None) if options["url"].startswith("https") else None
@@ -131,90 +135,113 @@ def vault_validate(options):
         raise Refused("22023", f'vault mount at "{options["mountPath"]}" has unsupported engine type or version')
 
 
-def with_packages():
-    """The Python was started without its packages, for speed."""
-    import site
+# KMIP 1.2 in TTLV (section 9.1): tag, type, length, value padded to 8 bytes. An import of a library would take longer
+# than all the rest of a call.
+STRUCTURE, INTEGER, ENUMERATION, TEXT, BYTES = 1, 2, 5, 7, 8
+REGISTER, LOCATE, GET = 3, 8, 10
 
-    site.main()
+
+def ttlv(tag, kind, value):
+    """One item. :param value: bytes of inner items, a number or a text."""
+    value = value.encode() if isinstance(value, str) else value
+    raw = value.to_bytes(4, "big") if kind in (INTEGER, ENUMERATION) else value
+    return (0x420000 | tag).to_bytes(3, "big") + bytes([kind]) + len(raw).to_bytes(4, "big") + raw + bytes(-len(raw) % 8)
+
+
+def items(raw):
+    """The items of a structure: tag and raw value."""
+    at = 0
+    while at < len(raw):
+        length = int.from_bytes(raw[at + 4 : at + 8], "big")
+        yield int.from_bytes(raw[at : at + 3], "big") & 0xFFFF, raw[at + 8 : at + 8 + length]
+        at += 8 + length + -length % 8
+
+
+def within(raw, *path):
+    """The raw values at the end of a path of tags."""
+    if not path:
+        return [raw]
+    return [found for tag, inner in items(raw) if tag == path[0] for found in within(inner, *path[1:])]
+
+
+def attribute(name, kind, value):
+    return ttlv(0x08, STRUCTURE, ttlv(0x0A, TEXT, name) + ttlv(0x0B, kind, value))
+
+
+def named(name):
+    return attribute("Name", STRUCTURE, ttlv(0x55, TEXT, name) + ttlv(0x54, ENUMERATION, 1))
 
 
 def kmip(options):
-    """PyKMIP's client on a connection that verifies nothing of the server, as the product's."""
+    """A connection that verifies nothing of the server, as the product's."""
     import socket
     import ssl
-
-    with_packages()
-    from kmip.pie.client import ProxyKmipClient
-    from kmip.services.kmip_protocol import KMIPProtocol
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.load_cert_chain(options["certPath"], options["keyPath"])
     open(options["caPath"], "rb").close()
-    raw = socket.create_connection((options["host"], int(options["port"])), timeout=10)
-    client = ProxyKmipClient(
-        hostname=options["host"],
-        port=int(options["port"]),
-        cert=options["certPath"],
-        key=options["keyPath"],
-        ca=options["caPath"],
-    )
-    client.proxy.socket = context.wrap_socket(raw)
-    client.proxy.protocol = KMIPProtocol(client.proxy.socket)
-    client._is_open = True
-    return client
+    return context.wrap_socket(socket.create_connection((options["host"], int(options["port"])), timeout=10))
+
+
+def ask(connection, operation, payload):
+    """The payload of an answer. :raises Failed: the server refused."""
+    version = ttlv(0x69, STRUCTURE, ttlv(0x6A, INTEGER, 1) + ttlv(0x6B, INTEGER, 2))
+    header = ttlv(0x77, STRUCTURE, version + ttlv(0x0D, INTEGER, 1))
+    item = ttlv(0x0F, STRUCTURE, ttlv(0x5C, ENUMERATION, operation) + ttlv(0x79, STRUCTURE, payload))
+    connection.sendall(ttlv(0x78, STRUCTURE, header + item))
+    raw = b""
+    while len(raw) < 8 or len(raw) < 8 + int.from_bytes(raw[4:8], "big"):
+        part = connection.recv(65536)
+        if not part:
+            raise OSError("the server ended the connection")
+        raw += part
+    status = within(raw, 0x7B, 0x0F, 0x7F)
+    if not status or int.from_bytes(status[0], "big") != 0:
+        raise Failed("Resource not available")
+    return (within(raw, 0x7B, 0x0F, 0x7C) or [b""])[0]
 
 
 def kmip_get(options, name):
-    with_packages()
-    from kmip.core.attributes import Name
-    from kmip.core.enums import AttributeType, NameType, ObjectType
-    from kmip.core.factories.attributes import AttributeFactory
-    from kmip.pie.exceptions import KmipOperationFailure
-
     try:
-        client = kmip(options)
+        connection = kmip(options)
     except OSError as exc:
         # The trap: no connection, and yet no failure.
         warnings.append(f"SSL error: BIO_do_connect failed ({exc})")
         return None
-    make = AttributeFactory().create_attribute
-    text = Name.create(name, NameType.UNINTERPRETED_TEXT_STRING)
-    wanted = [make(AttributeType.OBJECT_TYPE, ObjectType.SYMMETRIC_KEY), make(AttributeType.NAME, text)]
-    try:
-        found = client.locate(attributes=wanted, maximum_items=16)
-        if len(found) > 1:
-            warnings.append("KMIP server contains multiple results for key, ignoring")
-            raise Failed("Resource not available")
-        return bytes(client.get(found[0]).value) if found else None
-    except (OSError, KmipOperationFailure):
-        raise Failed("Resource not available") from None
-    finally:
-        client.proxy.socket.close()
+    with connection:
+        try:
+            wanted = ttlv(0x4F, INTEGER, 16) + attribute("Object Type", ENUMERATION, 2) + named(name)
+            found = within(ask(connection, LOCATE, wanted), 0x94)
+            if len(found) > 1:
+                warnings.append("KMIP server contains multiple results for key, ignoring")
+                raise Failed("Resource not available")
+            if not found:
+                return None
+            return within(ask(connection, GET, ttlv(0x94, TEXT, found[0])), 0x8F, 0x40, 0x45, 0x43)[0]
+        except OSError:
+            raise Failed("Resource not available") from None
 
 
 def kmip_put(options, name, key):
-    with_packages()
-    from kmip.core.enums import CryptographicAlgorithm, CryptographicUsageMask
-    from kmip.pie.objects import SymmetricKey
-
+    template = attribute("Cryptographic Algorithm", ENUMERATION, 3) + attribute("Cryptographic Length", INTEGER, len(key) * 8)
+    template += attribute("Cryptographic Usage Mask", INTEGER, 12) + named(name)
+    value = ttlv(0x42, ENUMERATION, 1) + ttlv(0x45, STRUCTURE, ttlv(0x43, BYTES, key))
+    block = ttlv(0x40, STRUCTURE, value + ttlv(0x28, ENUMERATION, 3) + ttlv(0x2A, INTEGER, len(key) * 8))
+    payload = ttlv(0x57, ENUMERATION, 2) + ttlv(0x91, STRUCTURE, template) + ttlv(0x8F, STRUCTURE, block)
     try:
-        client = kmip(options)
+        with kmip(options) as connection:
+            ask(connection, REGISTER, payload)
     except OSError:
         raise Refused("XX000", "SSL error: BIO_do_connect failed") from None
-    masks = [CryptographicUsageMask.ENCRYPT, CryptographicUsageMask.DECRYPT]
-    try:
-        client.register(SymmetricKey(CryptographicAlgorithm.AES, len(key) * 8, key, masks, name=name))
-    except Exception as exc:
-        raise Refused("XX000", f"KMIP server reported error on register symmetric key: {exc}") from None
-    finally:
-        client.proxy.socket.close()
+    except Failed:
+        raise Refused("XX000", "KMIP server reported error on register symmetric key: -1") from None
 
 
 def kmip_validate(options):
     try:
-        kmip(options).proxy.socket.close()
+        kmip(options).close()
     except OSError:
         raise Refused("XX000", "SSL error: BIO_do_connect failed") from None
 
@@ -346,8 +373,6 @@ class Server:
             there = None
         if there is not None:
             raise Refused("22023", f'cannot create key "{key}" because it already exists')
-        if os.environ.get("PG_TDE_STANDIN_PAUSE"):
-            time.sleep(float(os.environ["PG_TDE_STANDIN_PAUSE"]))
         put(found["options"], key, os.urandom(self.request.get("bits", 128) // 8))
 
     def fetch(self, owner):
@@ -484,27 +509,26 @@ def digest(key):
 
 def main():
     request = json.loads(base64.b64decode(sys.argv[1]))
-    folder = Path(request["data"]) / "pg_tde"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / "standin.json"
+    folder = os.path.join(request["data"], "pg_tde")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    path = os.path.join(folder, "standin.json")
     answer = {"rows": None}
     # Creating is outside of the lock: two at once are both answered that the key is not there, as with the product.
-    with open(folder / "lock", "w") as lock:
+    with open(os.path.join(folder, "lock"), "w") as lock:
         if not request["call"].startswith("create_key"):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        state = json.loads(path.read_text()) if path.exists() else {}
+        state = json.loads(read(path)) if os.path.exists(path) else {}
         before = json.dumps(state)
         try:
             answer["rows"] = Server(request, state).act(request["call"], request.get("arguments", []))
         except Refused as exc:
             answer["error"] = exc.answer
         if json.dumps(state) != before and not request["call"].startswith("create_key"):
-            temporary = path.with_suffix(".new")
-            with open(temporary, "w") as handle:
+            with open(f"{path}.new", "w") as handle:
                 handle.write(json.dumps(state))
                 handle.flush()
                 os.fsync(handle.fileno())
-            temporary.rename(path)
+            os.rename(f"{path}.new", path)
     answer["warnings"] = warnings
     print(json.dumps(answer))
     return 1 if request["call"] == "start" and "error" in answer else 0
