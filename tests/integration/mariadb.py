@@ -42,7 +42,7 @@ class Server:
         self.home = home / name
         self.data, self.run, self.include = self.home / "data", self.home / "run", self.home / "include"
         self.socket = self.run / "sock"
-        self.log = self.run / "log"
+        self.log = self.run / "log.err"
         self.conf = self.home / "my.cnf"
         for path in (self.data, self.run, self.home / "tmp", self.include):
             path.mkdir(parents=True)

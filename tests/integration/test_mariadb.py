@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -90,6 +91,12 @@ def test_before(host: Host, rows: str) -> None:
 
 def test_keystore(host: Host, rows: str) -> None:
     planned = host.run("tde_keystore", keyslots=SLOTS, check=True)
+    for module, more in (
+        ("tde_keystore", {"state": "open"}),
+        ("tde_tablespace", {"tablespaces": TABLESPACES, "keyslots": SLOTS}),
+        ("tde_master_key", {"state": "rotated", "tag": "2"}),
+    ):
+        assert host.run(module, check=True, **more)["changed"], module
     assert not host.state.exists()
     host.refused("tde_keystore", "recovery_keyslot_missing")
     made = host.run("tde_keystore", keyslots=SLOTS)
@@ -245,6 +252,14 @@ def test_a_missing_or_wrong_key_stops_the_start(host: Host, rows: str) -> None:
     assert sorted(key_file.read_text().splitlines()[1::2]) == sorted(lines[1::2])
     host.server.start()
     assert host.server.sql(QUERY) == rows
+    # The server starts without the key of a table, which is out of reach then and harmed by nothing.
+    right = key_file.read_text()
+    key_file.write_text(re.sub("(?m)^5;....", "5;0000", right))
+    host.server.restart()
+    assert "ERROR" in host.server.sql("SELECT COUNT(*) FROM shop.parts", check=False)
+    assert host.run("tde_keystore", state="open")["changed"]
+    host.server.restart()
+    assert host.server.sql(QUERY) == rows
 
 
 def test_a_server_under_other_keys_is_left_alone(home: Path) -> None:
@@ -307,6 +322,9 @@ def test_a_replica_has_keys_of_its_own(home: Path, host: Host, port: int) -> Non
             assert one.spaces()["app/t"] == "4"
         primary.server.sql(f"INSERT INTO app.t VALUES (2, '{MARKER}'); CREATE TABLE app.copy AS SELECT * FROM app.t")
         caught_up(replica, "SELECT COUNT(*) FROM app.copy", "2")
+        # What builds the tables anew stays on its server.
+        for log in primary.server.sql("SHOW BINARY LOGS").splitlines():
+            assert "ALTER" not in primary.server.sql(f"SHOW BINLOG EVENTS IN '{log.split()[0]}'")
         ways = ([TokenCredential(one.hsm.access())] for one in (primary, replica))
         first, second = (killing.opened(one.state, way) for one, way in zip((primary, replica), ways, strict=True))
         assert not set(first.values()) & set(second.values())

@@ -20,7 +20,7 @@ prepare() {
 datadir = $here/$name/data
 socket = $here/$name/run/sock
 pid_file = $here/$name/run/pid
-log_error = $here/$name/run/log
+log_error = $here/$name/run/log.err
 tmpdir = $here/$name/tmp
 bind_address = 127.0.0.1
 port = $port
@@ -52,7 +52,7 @@ start() {
         [ -e "/proc/$pid" ] || break
         sleep 0.1
     done
-    tail -20 "$here/$1/run/log"
+    tail -20 "$here/$1/run/log.err"
     return 1
 }
 

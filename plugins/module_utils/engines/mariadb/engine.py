@@ -143,6 +143,9 @@ class MariaDb(Engine):
             steps = [step for step in decision.now if step.action in first] or decision.now
             try:
                 ring.ready(steps)
+                if any(step.action == "write_key_file" for step in steps):
+                    # A credential that opens nothing is told before the first step.
+                    ring.unlock([key.key_id for key in ring.keys])
                 plans.run(steps, {**ring.handlers(), **acts.handlers()})
                 done += steps
                 decision, after = decide()

@@ -69,7 +69,7 @@ def _server(facts: Facts) -> t.Iterator[str]:
     others = server["tables_of_other_engines"]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        yield f"{len(others)} tables of users are not InnoDB's and not covered: {', '.join(others[:3])}{more}."
+        yield f"{len(others)} tables of users are not InnoDB's ({', '.join(others[:3])}{more}): Aria's are encrypted if they were made with its setting on, others never."
     if server["redo_log"] == "plain":
         yield "The redo log is in the clear, with every change in it."
     plain = sorted(name for name, state in server["binary_logs"].items() if state != "encrypted")

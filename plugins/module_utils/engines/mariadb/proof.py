@@ -49,6 +49,7 @@ class Proof:
             there = keyfile.keys_of(read_private(engine.options.key_file, forbidden_mode=0o027))
             self.keys = {number: key for number, key in there.items() if wished.get(number) == self.state.keys.checks[number]}
         self.rng = random.SystemRandom()
+        self.left_out: list[str] = []
 
     def place(self, name: str, directory: str, files: t.Sequence[str], others: t.Sequence[tuple[str, bool | None]] = ()) -> Facts:
         """Judge a place.
@@ -85,6 +86,10 @@ class Proof:
             notes.append(f"Of large files pages by chance were read, {pages.BUDGET >> 20} MiB of each.")
         if self.answer is None:
             notes.append("The server does not answer: what it had in memory only was not looked at.")
+        if self.left_out:
+            notes.append(
+                f"Tables in use, of which what the server had in memory only was not looked at: {', '.join(self.left_out)}."
+            )
         verdict = "plain" if seen else "unknown" if doubts else "encrypted"
         sure = [
             f"0 of {counts.pages} pages are in the clear.",
@@ -117,11 +122,15 @@ class Proof:
             raise established(self.state.error, "the error")
         return self.answer
 
+    def flush(self, tables: t.Sequence[sql.Table]) -> None:
+        """Let the server write what it has in memory."""
+        with sql.connect(self.state.access) as connection:
+            self.left_out = sql.flush(connection, tables)
+
     def tables(self, name: str, tables: t.Sequence[sql.Table]) -> Facts:
         """The files of some tables, after the server has written their pages."""
         answer = self.server()
-        with sql.connect(self.state.access) as connection:
-            sql.flush(connection, tables)
+        self.flush(tables)
         spaces = [space for table in tables for space in answer.spaces_of(table)]
         # A full-text index's own tables follow their table's file name nowhere; they count with the data directory.
         return self.place(name, answer.data_directory, [_path(answer, space) for space in spaces])
@@ -134,8 +143,7 @@ class Proof:
         others: list[tuple[str, bool | None]] = []
         redo = os.path.join(directory, "ib_logfile0")
         if self.answer:
-            with sql.connect(self.state.access) as connection:
-                sql.flush(connection, plan.own(self.answer))
+            self.flush(plan.own(self.answer))
             files = [_path(self.answer, space) for space in self.answer.spaces]
             others += [(path, logs.binlog_encrypted(logs.beginning(path))) for path in self.answer.logs]
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import typing as t
 
+from ...common.check import established
 from ...common.errors import TdeError
 from ...common.plan import Plan
 from .. import keyslots
@@ -42,6 +43,7 @@ class Rotation:
         self.token = self.ring.rotate_in(wish.keyslot)
         self.today = datetime.datetime.now(datetime.timezone.utc).date()
         self.acts = Acts(engine.request, engine.options, self.ring)
+        self.unknown: TdeError | None = None
 
     def outcome(self) -> Outcome:
         """Carry the wish out."""
@@ -54,6 +56,8 @@ class Rotation:
         outcome = engine.rounds(self._decide, ring, self.acts, check=self.check, first=_FIRST)
         if outcome.changed and not self.check:
             self._note()
+        if self.unknown:
+            outcome.warnings.append(f"Whether the re-encryption that was begun has ended cannot be told: {self.unknown}")
         current = keyslots.current_label(engine.request.cluster, self.token, ring.keys, ring.keks)
         outcome.facts.update(
             {
@@ -105,9 +109,27 @@ class Rotation:
         state = engine.state(ask=bool(mark))
         if not mark:
             return Decision(begin + rewrap), engine.facts(ring, state)
+        self.unknown = self._not_ready(state)
+        if self.unknown and not (rotated and engine.options.reencrypt):
+            return Decision(begin + rewrap), engine.facts(ring, state)
+        if self.unknown:
+            raise self.unknown
         decision = self._reencrypt(state, names, int(mark["above"]))
         decision.now = begin + rewrap + decision.now
         return decision, engine.facts(ring, state)
+
+    def _not_ready(self, state: look.State) -> TdeError | None:
+        """Why tables cannot be looked at now, or the server not be given new keys."""
+        if state.answer is None:
+            return state.error or TdeError("server_down", "does not answer", obj="MariaDB")
+        if not state.mounted:
+            return TdeError(
+                "place_closed",
+                "is not mounted, so the server could not be given new keys",
+                obj=self.engine.options.key_directory,
+                next_step="Open the keystore: tde_keystore with state=open, or hsm-tde open.",
+            )
+        return None
 
     def _due(self, mark: t.Mapping[str, t.Any] | None, current: str, target: str) -> bool:
         """Whether a re-encryption begins: with a tag that it has not been done for, or with a master key that is too old."""
@@ -120,17 +142,8 @@ class Rotation:
         engine, ring, options = self.engine, self.ring, self.engine.options
         coming = plan.new_generation(names, above)
         self.acts.access = state.access
-        answer = state.answer
-        if answer is None:
-            raise state.error or TdeError("server_down", "does not answer", obj="MariaDB")
+        answer = established(state.answer, "the server's answer")
         plan.check_ours(options, answer)
-        if not state.mounted:
-            raise TdeError(
-                "place_closed",
-                "is not mounted, so the server could not be given new keys",
-                obj=options.key_directory,
-                next_step="Open the keystore: tde_keystore with state=open, or hsm-tde open.",
-            )
         steps = plan.data_keys(
             coming, ring.keys, ring.wanted(), no_recovery=True, why="a new key for the tables of its tablespace"
         )

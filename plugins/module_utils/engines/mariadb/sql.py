@@ -31,11 +31,8 @@ SOCKETS = ("/run/mysqld/mysqld.sock", "/var/lib/mysql/mysql.sock", "/run/mysql/m
 SYSTEM_DATABASES = ("mysql", "information_schema", "performance_schema", "sys")
 
 #: Numbers of the server's errors (MariaDB's manual, "MariaDB Error Codes").
-_REFUSED = (1044, 1045, 1129, 1130, 1698)
-_PRIVILEGE = (1142, 1143, 1227, 1290)
-_LOCK_WAIT, _INTERRUPTED = 1205, 1317
-_NOT_ONLINE = (1845, 1846)
-_ONLINE_LOG_FULL = 1799
+_REFUSED, _PRIVILEGE = (1044, 1045, 1129, 1130, 1698), (1142, 1143, 1227, 1290)
+_NOT_HAD, _NOT_ONLINE, _ONLINE_LOG_FULL = (1205, 1317), (1845, 1846), 1799
 _NO_TABLE = (1049, 1146)
 
 Rows = t.Sequence[t.Sequence[t.Any]]
@@ -111,7 +108,7 @@ def failure(exc: Exception, obj: str) -> TdeError:
     number = _number(exc)
     if number in _PRIVILEGE:
         return TdeError("server_privilege_missing", _said(exc), obj=obj, next_step="Use an account with all privileges.")
-    if number in (_LOCK_WAIT, _INTERRUPTED):
+    if number in _NOT_HAD:
         return TdeError("lock_timeout", _said(exc), obj=obj, next_step="Run again when fewer or shorter transactions hold it.")
     if number == _ONLINE_LOG_FULL:
         return TdeError(
@@ -384,9 +381,19 @@ def _like(text: str) -> str:
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 
-def flush(connection: pymysql.connections.Connection[t.Any], tables: t.Sequence[Table]) -> None:
-    """Bring tables' pages to the disk, holding them still for as long as that takes."""
+def flush(connection: pymysql.connections.Connection[t.Any], tables: t.Sequence[Table]) -> list[str]:
+    """Bring tables' pages to the disk; each is held still for as long as that takes, and left out if it is not had at once.
+
+    :returns: the tables left out.
+    """
+    import pymysql
+
+    left = []
+    query(connection, "SET SESSION lock_wait_timeout = 1")
     for table in tables:
-        query(connection, "SET SESSION lock_wait_timeout = 10")
-        query(connection, f"FLUSH TABLES {quoted(table.database)}.{quoted(table.name)} FOR EXPORT")
-        query(connection, "UNLOCK TABLES")
+        try:
+            query(connection, f"FLUSH TABLES {quoted(table.database)}.{quoted(table.name)} FOR EXPORT")
+            query(connection, "UNLOCK TABLES")
+        except (pymysql.err.OperationalError, pymysql.err.ProgrammingError):
+            left.append(table.words)
+    return left

@@ -66,10 +66,7 @@ class Tablespaces:
         following = max([max(keyfile.FIRST), *(name.number for name in names)]) + 1
         missing = [item.name for item in self.wish.items if item.name not in (*there, keyfile.DEFAULT)]
         coming = [keyfile.Name(following + number, name) for number, name in enumerate(missing)]
-        if not names:
-            # In check mode on a new host: those that tde_keystore will make.
-            coming = [*(keyfile.Name(number, name) for number, name in keyfile.FIRST.items()), *coming]
-        elif not state.mounted and not self.check:
+        if names and not state.mounted and not self.check:
             raise TdeError(
                 "place_closed",
                 "is not mounted, so the server could not be given its keys",
@@ -85,7 +82,9 @@ class Tablespaces:
             steps = keyslots.master_keys(ring.keys, ring.keks, wanted, made) + made
         if names:
             steps += plan.delivery(options, engine.request.cluster, state, ring.keys, coming)
-        every = sorted([*names, *coming])
+        # In check mode on a new host: with those that tde_keystore will make.
+        first = [] if names else [keyfile.Name(number, name) for number, name in keyfile.FIRST.items()]
+        every = sorted([*names, *first, *coming])
         wished = plan.wishes(self.wish.items, state.answer, names)
         tables = plan.tables(wished, state.answer, keyfile.current(every))
         ready = [step for step in tables if state.has_loaded(step.data["key"])]
