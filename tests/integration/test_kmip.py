@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import ssl
+import threading
 import time
 import typing as t
 from collections.abc import Iterator
@@ -132,6 +135,29 @@ def test_the_client_s_own_certificate(kmip_server: KmipServer, tmp_path: Path) -
     assert error.code in ("kmip_login_refused", "kmip_client_certificate_refused")
 
 
+def test_tls_1_3_tells_a_refused_certificate_from_a_server_that_is_down(kmip_server: KmipServer, tmp_path: Path) -> None:
+    """There the client has shaken hands before its certificate is judged, and its first request may cost it the alert."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(kmip_server.ca.path)
+    context.load_cert_chain(kmip_server.certificate.path, kmip_server.certificate.key)
+    stranger = Authority(tmp_path / "strangers", "another authority").issue("main")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, dummy = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        context.wrap_socket(connection, server_side=True).close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"localhost:{listener.getsockname()[1]}"
+        both = access(kmip_server, stranger, kmip_servers=[address, kmip_server.address])
+        assert {refused(lambda: locate(both)).code for dummy in range(20)} == {"kmip_client_certificate_refused"}
+
+
 def test_files_that_others_could_read_or_change_are_refused(kmip_server: KmipServer, tmp_path: Path) -> None:
     for option, mode in (("kmip_certificate_key", 0o640), ("kmip_ca", 0o622), ("kmip_certificate", 0o666)):
         copy = tmp_path / option
@@ -189,9 +215,6 @@ def test_item_not_found_does_not_fail_over(kmip_server: KmipServer) -> None:
 
 
 def test_what_is_no_kmip_server(kmip_server: KmipServer) -> None:
-    import socket
-    import threading
-
     with socket.create_server(("127.0.0.1", 0)) as plain:
 
         def answer() -> None:

@@ -23,6 +23,9 @@ _RESPONSE = bytes.fromhex("42007b01")
 #: Longer than any answer to what is asked here; a list of 20,000 keys has less.
 _MOST = 1 << 20
 
+#: Seconds in which a server says that it refuses a certificate.
+_LISTEN = 2.0
+
 #: OpenSSL's verification results (x509_vfy.h, X509_V_ERR_*), by what is the matter.
 _EXPIRED = (9, 10)  # not yet valid, has expired
 _WRONG_HOST = (62, 64)  # host name, IP address
@@ -48,7 +51,9 @@ class Channel:
 
     def __init__(self, server: str, context: ssl.SSLContext, timeout: float) -> None:
         self.server = server
+        self._context = context
         self._timeout = timeout
+        self._heard = False
         self._deadline = time.monotonic() + timeout
         host, port = host_and_port(server)
         with self._translated(), contextlib.ExitStack() as stack:
@@ -56,6 +61,7 @@ class Channel:
             self._socket = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
             self._socket.settimeout(self._left())
             self._socket.do_handshake()
+            self._version = self._socket.version()
             stack.pop_all()
 
     def call(self, request: bytes) -> bytes:
@@ -63,15 +69,44 @@ class Channel:
 
         :raises TdeError: ``kmip_unreachable``, ``kmip_timeout``, ``kmip_client_certificate_refused``, ``kmip_answer_invalid``.
         """
+        try:
+            return self._call(request)
+        except TdeError as exc:
+            if exc.code == "kmip_unreachable" and not self._heard and self._version == "TLSv1.3":
+                raise self._refusal() or exc from None
+            raise
+
+    def _call(self, request: bytes) -> bytes:
         self._deadline = time.monotonic() + self._timeout
         with self._translated():
             self._socket.settimeout(self._left())
             self._socket.sendall(request)
             header = self._read(_HEADER)
+            self._heard = True
             length = int.from_bytes(header[4:], "big")
             if header[:4] != _RESPONSE or length > _MOST:
                 raise TdeError("kmip_answer_invalid", "does not answer as a KMIP server does", obj=self._words())
             return header + self._read(length)
+
+    def _refusal(self) -> TdeError | None:
+        """Why a server ends a connection of TLS 1.3 at the first request: perhaps it refuses the client's certificate.
+
+        There a client has shaken hands before its certificate is judged, and a request on its way may cost it the alert (RFC 8446,
+        section 6.2). So one more connection is made, on which nothing is sent.
+        """
+        try:
+            other = Channel(self.server, self._context, self._timeout)
+        except TdeError as exc:
+            return exc
+        try:
+            with other._translated():
+                other._socket.settimeout(min(self._timeout, _LISTEN))
+                other._socket.recv(1)
+        except TdeError as exc:
+            return exc if exc.code not in FAIL_OVER else None
+        finally:
+            other.close()
+        return None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
