@@ -292,9 +292,12 @@ def rocs_keys(text: str) -> list[RocsKey]:
         raise _unknown("rocs list keys", "it printed no list")
     found = []
     for line in lines[start + 1 :]:
-        row = re.fullmatch(r"\s*([A-Z]?)\s*(\d+)\s+(.*?)\s+(\S+)\s{2,}(.+?)\s*", line)
-        if not row:
+        if not line.strip() or line.startswith("rocs"):
             break
+        # Names may have spaces; what protects the key has no two in a row.
+        row = re.fullmatch(r"\s*([A-Z]?)\s*(\d+)\s+(.*?)\s+(\S+)\s{2,}((?:\S| (?! ))+?)\s*", line)
+        if not row:
+            raise _unknown("rocs list keys", f"the line {line.strip()[:60]!r} is none that is known here")
         protector = re.split(r"\s+-+>\s+", row[5])[0]
         found.append(RocsKey(int(row[2]), row[3], row[4], protector, row[1] != "N"))
     if [row.number for row in found] != list(range(1, len(found) + 1)):

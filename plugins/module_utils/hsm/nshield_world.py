@@ -8,6 +8,7 @@ Members of the group ``nfast`` write to that folder, so no file in it is opened 
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import os
 import re
@@ -47,6 +48,11 @@ def _read(path: str) -> bytes | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    except OSError as exc:
+        if exc.errno != errno.ELOOP:
+            raise
+        # Left out, it would be missing from the backup.
+        raise TdeError("file_not_private", "is a link", obj=path) from None
     with os.fdopen(fd, "rb") as handle:
         return handle.read(_MAX_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
