@@ -181,7 +181,8 @@ options:
         type: path
       auto_open:
         description:
-          - The server opens the keystore by itself at each start; false if it was never given.
+          - The server opens the keystore by itself at each start. If it was never given, a C(keystore.aks) that is there is left, and no PIN is
+            written.
           - With V(hsm) the user PIN rests in C(hsm-tde.conf), mode 0600, and superusers of the database can read it with C(SHOW).
           - With V(file) the server keeps an opened copy, C(keystore.aks), which opens on this host only.
           - Without it, C(hsm-tde open) opens the keystore after each start, or an operator does; a recovery after a crash then

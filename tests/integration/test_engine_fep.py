@@ -121,6 +121,12 @@ def test_others_cannot_slip_a_function_under_its_name(file_cluster: FepEstate) -
     cluster.restart()
     cluster.run("tde_keystore", state="open", passphrase=PASSPHRASE)
     cluster.run("tde_master_key", state="rotated", tag="after-the-trap", passphrase=PASSPHRASE)
+    rename = "SET allow_system_table_mods = on; ALTER FUNCTION pg_catalog.{}(text) RENAME TO {}"
+    cluster.server.psql(rename.format("pgx_set_master_key", "away"))
+    try:
+        cluster.refused("tde_master_key", "server_other_product", state="rotated", tag="trapped", passphrase=PASSPHRASE)
+    finally:
+        cluster.server.psql(rename.format("away", "pgx_set_master_key"))
     assert cluster.server.psql("SELECT count(*) FROM trap.got") == "0"
 
 

@@ -184,7 +184,8 @@ class Fep(Engine):
     def keystore(self, wish: KeystoreWish, *, check: bool) -> Outcome:
         from .keystore import Keystore
 
-        self.require("close") if wish.state == "closed" else None
+        if wish.state == "closed":
+            self.require("close")
         with self.locked(check):
             self.reread()
             return Keystore(self, wish, check).outcome()

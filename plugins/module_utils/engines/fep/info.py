@@ -92,7 +92,7 @@ def collect(engine: Fep) -> Facts:
     found["same_disk"] = postgres.same_disk(engine.request.state.path, found)
     others = [one for one in tablespaces if one["encryption"] != ENGINE]
     found["encrypted"] = bool(directory) and covered({**found, "tablespaces": others})
-    found["gaps"] = list(sentences(found, state, options.auto_open, algorithms is not None, bool(open_act)))
+    found["gaps"] = list(sentences(found, state, bool(options.auto_open), algorithms is not None, bool(open_act)))
     return found
 
 

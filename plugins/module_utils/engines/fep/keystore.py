@@ -291,7 +291,7 @@ class Keystore(Task):
             why = "there is no database cluster"
             return [*self._record_steps(), Step("create_cluster", f"data directory {options.data_directory}", why)]
         pin_steps = self._pin_plan()
-        pin_wished = options.auto_open and options.keystore == HSM
+        pin_wished = bool(options.auto_open) and options.keystore == HSM
         configured = plan.configuration(options, state, pin_wished=pin_wished, pin_given=self.wished is not None)
         steps = [*plan.strip_pin(state), *pin_steps] if pin_steps else []
         steps += [*configured, *self._record_steps()]

@@ -24,7 +24,7 @@ _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 class Options:
     """What the engine works with; ``given`` is what the record keeps.
 
-    :param auto_open: whether the server opens the keystore by itself at each start.
+    :param auto_open: whether the server opens the keystore by itself at each start; None if nobody ever said.
     :param tablespace_directory: the folder above tablespaces that give no location.
     :param plugin_directory: tde_kms.plugin_path; :param command: what the plugin in it is a link to.
     :param kms_name: the plugin's name in the connection file; :param key_id: the label of the key that it is asked for.
@@ -32,7 +32,7 @@ class Options:
 
     keystore: str
     keystore_location: str | None
-    auto_open: bool
+    auto_open: bool | None
     data_directory: str | None
     bin_directory: str | None
     os_user: str
@@ -101,7 +101,7 @@ def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any], clus
     return Options(
         keystore=merged.get("keystore") or HSM,
         keystore_location=_path("keystore_location", merged.get("keystore_location")),
-        auto_open=bool(merged.get("auto_open")),
+        auto_open=merged.get("auto_open"),
         data_directory=_path("data_directory", merged.get("data_directory")),
         bin_directory=_path("bin_directory", merged.get("bin_directory")),
         os_user=merged.get("os_user") or "fsepuser",

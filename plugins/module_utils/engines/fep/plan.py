@@ -311,6 +311,9 @@ def auto_open(options: Options, state: State, credential: Credential) -> Plan:
         return []
     there = AUTO_OPEN in state.location.files
     path = os.path.join(options.keystore_location or "", AUTO_OPEN)
+    if options.auto_open is None:
+        # An operator's own copy is not taken away by a task that does not speak of it.
+        return []
     if not options.auto_open:
         return [Step("disable_auto_open", path, "automatic opening is not wished", {"path": path})] if there else []
     if there and state.auto_open_here:
