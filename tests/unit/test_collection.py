@@ -10,6 +10,7 @@ import pytest
 import yaml
 from ansible_collections.hsm.tde.plugins.module_utils.common.options import kmip_options, pkcs11_options
 from ansible_collections.hsm.tde.plugins.module_utils.engines import database_options
+from ansible_collections.hsm.tde.plugins.module_utils.hsm.nshield import nshield_options
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "plugins/modules").glob("*.py"))
@@ -61,7 +62,8 @@ def test_a_secret_is_text(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("group", "options"), [("pkcs11", pkcs11_options()), ("kmip", kmip_options()), ("database", database_options())]
+    ("group", "options"),
+    [("pkcs11", pkcs11_options()), ("kmip", kmip_options()), ("database", database_options()), ("nshield", nshield_options())],
 )
 def test_a_group_s_modules_accept_all_its_options(group, options, monkeypatch):
     for name in GROUPS[group]:
@@ -76,6 +78,7 @@ def test_a_module_that_takes_a_group_s_options_is_in_the_group(name, monkeypatch
     assert (name in GROUPS["pkcs11"]) == (set(pkcs11_options()) <= set(spec))
     assert (name in GROUPS["kmip"]) == (set(kmip_options()) <= set(spec))
     assert (name in GROUPS["database"]) == ("engine" in spec)
+    assert (name in GROUPS["nshield"]) == (set(nshield_options()) <= set(spec))
 
 
 @pytest.mark.parametrize("name", MODULES)
