@@ -2,7 +2,8 @@
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """The role opencryptoki on two hosts of a release, with their own systemd: configured, a token initialised and brought to the
-standby, once more without a change, after a reboot, and with a second daemon that somebody started by hand.
+standby, once more without a change, after a reboot, with a second daemon that somebody started by hand, and, where the version
+can, the token's folders migrated.
 
     roles.py [--suite trixie]
 """
@@ -24,6 +25,8 @@ import suite
 
 _NAMES = ("db1", "db2")
 _PLAYBOOK = pathlib.Path(__file__).with_name("opencryptoki.yml")
+#: With the PINs of the playbook.
+_MIGRATED = '{"migrated": [{"slot": 7, "pin": "13579246", "so_pin": "97531864"}]}'
 
 
 class Run:
@@ -80,6 +83,11 @@ def main() -> int:
             two = run.on("db1", "pgrep -x pkcsslotd").split()
             run.play(changed=len(two) > 1)
             left = run.on("db1", "pgrep -x pkcsslotd").split()
+            if run.on("db1", "ls /usr/sbin/pkcstok_migrate || true"):
+                run.play("-e", _MIGRATED, changed=True)
+                run.play("-e", _MIGRATED, changed=False)
+                if "3.12" not in run.on("db2", "grep tokversion /etc/opencryptoki/opencryptoki.conf"):
+                    raise RuntimeError("the slot does not say tokversion = 3.12")
             if len(first) != 1 or len(left) != 1:
                 raise RuntimeError(f"daemons: {first}, then {two}, then {left}")
         finally:

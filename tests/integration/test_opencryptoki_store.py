@@ -171,7 +171,7 @@ def test_a_folder_is_migrated_and_the_keys_stay(opencryptoki: OpenCryptoki, stat
     assert keys(here, state) == ["sealed"]
 
 
-def test_a_new_token_in_the_new_format(factory_opencryptoki: OpenCryptoki, state: StateDirectory) -> None:
+def test_a_new_token_in_the_new_format(factory_opencryptoki: OpenCryptoki, state: StateDirectory, tmp_path: Path) -> None:
     here = factory_opencryptoki
     wish = {"slots": [{"number": 0, "tokversion": "3.12"}], "state_directory": state.path}
     done = here.run(lambda: run_module("opencryptoki_config", wish), daemon=False)
@@ -185,6 +185,10 @@ def test_a_new_token_in_the_new_format(factory_opencryptoki: OpenCryptoki, state
     assert info["slots"][0]["store"]["format"] == "3.12"
     back = {"slots": [{"number": 0, "tokversion": ""}], "state_directory": state.path}
     assert here.run(lambda: run_module("opencryptoki_config", back))["error_code"] == "opencryptoki_store_format"
+    # A standby whose slot has the old format does not take it.
+    other, third = OpenCryptoki(tmp_path / "other"), new_state(tmp_path / "other-state")
+    packed = copied(here, state, "packed", recipient=copied(other, third, "requested")["public_key"])
+    assert copied(other, third, "installed", archive=packed["archive"])["error_code"] == "opencryptoki_store_format"
     options = here.options(token_label="demo", pin=here.pin, new_pin="newpin-1", state_directory=state.path)
     assert here.run(lambda: run_module("pkcs11_pin", options))["changed"]
     assert not here.run(lambda: run_module("pkcs11_pin", options))["changed"]

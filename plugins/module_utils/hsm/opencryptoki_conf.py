@@ -107,7 +107,7 @@ class Pairs:
     line: int
 
 
-Item = Setting | Flag | Block | WordList | Pairs
+Item = t.Union[Setting, Flag, Block, WordList, Pairs]  # noqa: UP007 - the sanity test takes the other for an operation
 
 
 class ConfSyntaxError(Exception):

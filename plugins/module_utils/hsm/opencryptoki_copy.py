@@ -37,8 +37,8 @@ class Outcome:
     archive: str = ""
 
 
-def _slot(number: int) -> tuple[str, str]:
-    """A configured slot's folder and group.
+def _slot(number: int) -> tuple[str, dict[str, str]]:
+    """A configured slot's folder and keys.
 
     :raises TdeError: ``opencryptoki_slot_absent``, ``opencryptoki_conf_invalid``.
     """
@@ -51,7 +51,7 @@ def _slot(number: int) -> tuple[str, str]:
     folder = rules.folder_of(settings)
     if folder is None:
         raise TdeError("opencryptoki_store_absent", "gives its token no folder that is known: set tokname", obj=f"slot {number}")
-    return folder, settings.get("usergroup", base.GROUP)
+    return folder, settings
 
 
 def request(number: int, state: StateDirectory, *, check_mode: bool) -> Outcome:
@@ -83,10 +83,19 @@ def pack(number: int, recipient: str, state: StateDirectory, *, check_mode: bool
 def install(number: int, archive: str, state: StateDirectory, *, check_mode: bool) -> Outcome:
     """On the receiver: the token's folder as it was packed.
 
-    :raises TdeError: ``opencryptoki_archive_invalid``; ``opencryptoki_in_use``.
+    :raises TdeError: ``opencryptoki_archive_invalid``; ``opencryptoki_store_format``; ``opencryptoki_in_use``.
     """
-    folder, group = _slot(number)
+    folder, settings = _slot(number)
     files = transport.unpack(archive, folder, state)
+    came = store.format_of(len(files["NVTOK.DAT"].data))
+    if came in ("old", "3.12") and came != store.wished_format(settings):
+        raise TdeError(
+            "opencryptoki_store_format",
+            f"the primary's token is in the {came} format, and here the slot has "
+            + (f"tokversion = {settings['tokversion']}" if "tokversion" in settings else "no tokversion"),
+            obj=f"slot {number}",
+            next_step="Give the slot the same tokversion as on the primary.",
+        )
     wished, there = transport.header(archive)["digest"], transport.digest(folder)
     plan: Plan = []
     if wished != there:
@@ -108,7 +117,7 @@ def install(number: int, archive: str, state: StateDirectory, *, check_mode: boo
             )
     if plan and not check_mode:
         with state.locked(2.0):
-            gid = grp.getgrnam(group).gr_gid
+            gid = grp.getgrnam(settings.get("usergroup", base.GROUP)).gr_gid
             planning.run(plan, {"install_token": lambda step: transport.install(folder, files, gid)})
             Journal(state.journal).append("install_token", plan[0].obj, digest=wished, former=there)
     return Outcome(plan, folder, there, wished)

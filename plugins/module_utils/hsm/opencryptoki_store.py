@@ -25,9 +25,14 @@ def folder(name: str) -> str:
 def store_format(name: str) -> str:
     """``old`` or ``3.12`` (the FIPS format), ``none`` where no token was ever started in the folder, ``unknown``."""
     try:
-        return _SIZES.get(os.stat(os.path.join(folder(name), "NVTOK.DAT")).st_size, "unknown")
+        return format_of(os.stat(os.path.join(folder(name), "NVTOK.DAT")).st_size)
     except FileNotFoundError:
         return "none"
+
+
+def format_of(size: int) -> str:
+    """The format that a token's NVTOK.DAT of that many bytes has."""
+    return _SIZES.get(size, "unknown")
 
 
 def wished_format(settings: t.Mapping[str, str]) -> str:

@@ -186,7 +186,10 @@ def unpack(archive: str, name: str, state: StateDirectory) -> dict[str, File]:
     for path, entry in json.loads(plain).items():
         if os.path.isabs(path) or ".." in path.split("/") or path != os.path.normpath(path):
             raise _damaged(f"names a file outside the folder: {path!r}")
+        # Whatever its sender's modes were, nobody but owner and group reads it here.
         files[path] = File(int(entry["mode"]) & 0o660, str(entry["owner"]), base64.b64decode(entry["data"]))
+    if "NVTOK.DAT" not in files:
+        raise _damaged("holds no token")
     return files
 
 
