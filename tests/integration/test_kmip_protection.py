@@ -29,7 +29,7 @@ from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not usable(), reason="needs root, PostgreSQL, SoftHSM and loop devices")]
 
-FEW, MANY = 4, 50
+FEW, MANY = 3, 50
 SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
 
 OWN_PASSPHRASE = "a passphrase of its own"
@@ -106,7 +106,7 @@ def actions(result: dict[str, t.Any]) -> list[str]:
 
 
 def test_from_a_passphrase_to_a_token_to_kmip_and_back(house: House) -> None:
-    for number, way in enumerate(ROUND):
+    for number, way in enumerate(("token", "kmip", "token", "passphrase")):
         planned = house.host.run("tde_keystore", check=True, **house.wish(way))
         result = house.move(way)
         assert actions(result) == actions(planned)
@@ -144,6 +144,32 @@ def test_a_new_master_key_at_the_server(house: House) -> None:
     house.sound()
     with Client(t.cast(t.Any, kmip_access(house.options))) as client:
         assert [len(client.locate(name)) for name in ("hsm-tde.main", "hsm-tde.main.2026")] == [1, 1], "the former one stays"
+
+
+def test_from_one_service_to_another(house: House, tmp_path: Path) -> None:
+    """Also what shows that the record's services are used, whichever of them the keyslots name."""
+    house.move("kmip")
+    second = KmipServer(tmp_path / "second")
+    try:
+        there = {name.removeprefix("kmip_"): value for name, value in second.options().items()}
+        slot = {"name": "primary", "protection": "kmip", "kmip": {"service": "second", **there}}
+        moved = house.host.run("tde_keystore", keyslots=[slot, RECOVERY], passphrase=PASSPHRASE)
+        assert moved["data_keys"]["cluster"]["keyslots"]["primary"] == "hsm-tde.main at KMIP service second"
+        assert not house.host.run("tde_keystore", keyslots=[slot, RECOVERY], passphrase=PASSPHRASE)["changed"]
+        house.server.stop()
+        # The former one is not needed any more, and neither module nor command is told of the new one.
+        for way in ("module", "command"):
+            house.host.unmount()
+            if way == "module":
+                assert house.host.run("tde_keystore", state="open", token_label=None, pin=None)["changed"]
+            else:
+                assert command("--state-directory", str(house.host.state), "open", "main") == 0
+            assert fscrypt.key_status(str(house.host.mount), fscrypt.identifier(house.key)) == "present"
+        short = {"name": "primary", "protection": "kmip", "kmip": {"service": "second"}}
+        assert not house.host.run("tde_keystore", keyslots=[short, RECOVERY], passphrase=PASSPHRASE)["changed"]
+    finally:
+        second.close()
+        house.server.start()
 
 
 def command(*arguments: str) -> int:

@@ -33,6 +33,7 @@ from ..pkcs11.keys import KeyRef
 from ..pkcs11.library import load
 from ..pkcs11.registry import Registry
 from ..pkcs11.token import TokenAccess, find, open_session
+from . import record as records
 from .base import Request, SlotWish
 from .keyslots import KMIP, PASSPHRASE, TOKEN, Kek, Key, Slot, Token, Wanted, current_label, remembered
 from .record import Token as RecordedToken
@@ -407,9 +408,12 @@ class Keyring:
         return [*tokens, *map(KmipCredential, services), *map(PassphraseCredential, secrets)]
 
     def services(self) -> list[KmipAccess]:
-        """The KMIP services given, that of the options at top level first; each once. The cluster's record names them, too."""
+        """The KMIP services given, that of the options at top level first, and those of the record that keyslots are at; each once."""
         given = [one for one in (self.request.kmip, *(wish.kmip for wish in self.wishes)) if one]
-        return list(dict.fromkeys(given))
+        record = records.read(self.request.state, self.request.cluster)
+        at = {slot.token.label for key in self.keys for slot in key.slots if slot.token and slot.protection == KMIP}
+        recorded = [one for one in (record.kmip if record else ()) if one.service in at - {one.service for one in given}]
+        return list(dict.fromkeys([*given, *recorded]))
 
     # --- acting
 

@@ -79,7 +79,9 @@ def _slot(params: Params, item: Params) -> SlotWish:
     if item["protection"] == PASSPHRASE:
         return SlotWish(item["name"], PASSPHRASE, passphrase=secret_from_option("passphrase", item["passphrase"]))
     if item["protection"] == KMIP:
-        return SlotWish(item["name"], KMIP, kmip=service_of(item["kmip"] or {}, _service(params)))
+        given = item["kmip"] or {}
+        service = given.get("service") or params["kmip_service"]
+        return SlotWish(item["name"], KMIP, kmip=service_of(given, _service({**params, "kmip_service": service})))
     merged = {**params, "library": item["library"] or params["library"]}
     pin = item["pin"]
     if any(item[name] is not None for name in _SELECTORS):
