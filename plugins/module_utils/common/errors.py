@@ -770,6 +770,38 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "Vault refused the token, or its policy does not allow what is needed.",
         "Check the token and its policy.",
     ),
+    # engines: oracle
+    "oracle_change_refused": ErrorCode(
+        "client_error",
+        "The change would leave encrypted data without its master key, or is one that Oracle does otherwise.",
+        "Take the way that the message names.",
+    ),
+    "oracle_change_unfinished": ErrorCode(
+        "client_error",
+        "Another change of the keystore's credential or protection was begun and is not finished.",
+        "Wish for what was begun again: it goes on where it stopped.",
+    ),
+    "oracle_containers_behind": ErrorCode(
+        "locked", "A pluggable database is closed and would be left behind.", "Open it, then run again."
+    ),
+    "oracle_hsm_failed": ErrorCode(
+        "unreachable",
+        "The HSM's PKCS#11 library answered the database with an error.",
+        "Check hardserver, modules and cards (nshield_info), then run again.",
+    ),
+    "oracle_keystore_missing": ErrorCode(
+        "absent",
+        "The database finds no keystore, or not exactly one PKCS#11 library.",
+        "Check WALLET_ROOT, and that the library is alone under /opt/oracle/extapi/64/hsm.",
+    ),
+    "oracle_master_key_unreachable": ErrorCode(
+        "unreachable",
+        "The open keystore does not show the master key that the database was encrypted with.",
+        "Find which credential the key is under (nshield_info), and open the keystore with that one.",
+    ),
+    "oracle_memo_damaged": ErrorCode(
+        "damaged", "What the host remembers of the database's keystore cannot be read.", "Restore it from a backup."
+    ),
 }
 
 
