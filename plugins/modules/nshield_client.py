@@ -33,7 +33,7 @@ options:
           the slot that a mistyped credential falls to).
         type: str
         required: true
-      value:
+      setting:
         description: Its value. Needed for O(variables[].state=present).
         type: str
       state:
@@ -123,9 +123,9 @@ EXAMPLES = r"""
 - name: Softcards, new keys without a reconnect, no way for a mistyped credential
   hsm.tde.nshield_client:
     variables:
-      - {name: CKNFAST_LOADSHARING, value: "1"}
-      - {name: CKNFAST_ASSUME_SINGLE_PROCESS, value: "0"}
-      - {name: CKNFAST_NO_ACCELERATOR_SLOTS, value: "1"}
+      - {name: CKNFAST_LOADSHARING, setting: "1"}
+      - {name: CKNFAST_ASSUME_SINGLE_PROCESS, setting: "0"}
+      - {name: CKNFAST_NO_ACCELERATOR_SLOTS, setting: "1"}
     processes_of: [oracle]
 
 - name: Give the new keys to the remote file system
@@ -248,7 +248,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.hsm.nshield import Nshield
 def _wish(params: dict[str, t.Any]) -> nshield_client.ClientWish:
     way = params["distribution"]
     return nshield_client.ClientWish(
-        variables={item["name"]: item["value"] if item["state"] == "present" else None for item in params["variables"]},
+        variables={item["name"]: item["setting"] if item["state"] == "present" else None for item in params["variables"]},
         distribution=nshield_client.Distribution(**{**way, "gang_clients": tuple(way["gang_clients"])}) if way else None,
         clients=tuple(params["clients"]) if params["clients"] is not None else None,
         supplied=tuple(params["supplied"]),
@@ -290,10 +290,10 @@ def main() -> None:
                 "default": [],
                 "options": {
                     "name": {"type": "str", "required": True},
-                    "value": {"type": "str"},
+                    "setting": {"type": "str"},
                     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
                 },
-                "required_if": [("state", "present", ["value"])],
+                "required_if": [("state", "present", ["setting"])],
             },
             "processes_of": {"type": "list", "elements": "str", "default": []},
             "distribution": {

@@ -378,7 +378,7 @@ def test_a_world_without_recovery_transfers_nothing() -> None:
 
 def test_variables_are_set_in_place_and_the_environment_wins() -> None:
     with nshield.site() as site:
-        wish = [{"name": "CKNFAST_NO_ACCELERATOR_SLOTS", "value": "1"}, {"name": "CKNFAST_DEBUG", "state": "absent"}]
+        wish = [{"name": "CKNFAST_NO_ACCELERATOR_SLOTS", "setting": "1"}, {"name": "CKNFAST_DEBUG", "state": "absent"}]
         sleeper = subprocess.Popen(["/bin/sleep", "60"], env={"CKNFAST_LOADSHARING": "0"})
         try:
             result = site.run("nshield_client", variables=wish, processes_of=["root"], diff=True)
@@ -397,7 +397,7 @@ def test_variables_are_set_in_place_and_the_environment_wins() -> None:
         site.a.create_softcard("tde", PASSPHRASE)
         with pytest.raises(nshield.world.LoginRefused):
             site.a.login(f"{PASSPHRASE}|tdee")
-        assert site.run("nshield_client", variables=[{"name": "CKNFAST_LOADSHARE", "value": "1"}])["warnings"]
+        assert site.run("nshield_client", variables=[{"name": "CKNFAST_LOADSHARE", "setting": "1"}])["warnings"]
 
 
 def test_a_hardserver_that_is_down_is_told(shared: Site) -> None:
