@@ -253,6 +253,20 @@ def test_files_that_somebody_else_can_write_are_not_edited(factory_opencryptoki:
     assert configured(factory_opencryptoki, state, slots=[{"number": 0}])["error_code"] == "file_not_private"
 
 
+def test_where_no_name_space_can_be_made(
+    factory_opencryptoki: OpenCryptoki, state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container without CAP_SYS_ADMIN the grammar alone decides, the version is the running library's or the package's."""
+    monkeypatch.setattr(api, "try_out", lambda path, files, folders: None)
+    here, wish = factory_opencryptoki, {"slots": [{"number": 5, "stdll": SW, "tokname": "payroll"}]}
+    done = configured(here, state, **wish)
+    assert done["changed"]
+    assert not done["tried_out"]
+    assert "CAP_SYS_ADMIN" in str(done["warnings"])
+    refused = here.run(lambda: module("opencryptoki_config", state, slots=[{"number": 6}]), daemon=False)
+    assert "slot 6 has no stdll" in refused["msg"]
+
+
 def test_an_ep11_tokens_file(factory_opencryptoki: OpenCryptoki, state: StateDirectory, version: rules.Version) -> None:
     here = factory_opencryptoki
     path = here.home / "etc" / "ep11tok.conf"
