@@ -57,12 +57,27 @@ class Channel:
         self._deadline = time.monotonic() + timeout
         host, port = host_and_port(server)
         with self._translated(), contextlib.ExitStack() as stack:
-            plain = stack.enter_context(socket.create_connection((host, port), self._left()))
+            plain = stack.enter_context(self._connected(host, port))
             self._socket = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
             self._socket.settimeout(self._left())
             self._socket.do_handshake()
             self._version = self._socket.version()
             stack.pop_all()
+
+    def _connected(self, host: str, port: int) -> socket.socket:
+        """A connection to the first of the host's addresses that takes one; all of them share the time there is."""
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for left, (family, kind, protocol, dummy, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            made = socket.socket(family, kind, protocol)
+            try:
+                made.settimeout(self._left() / left)
+                made.connect(address)
+                return made
+            except OSError:
+                made.close()
+                if left == 1:
+                    raise
+        raise ConnectionRefusedError
 
     def call(self, request: bytes) -> bytes:
         """Send a message and give the answer's.
