@@ -22,6 +22,7 @@ watched-demo: setup
 molecule: setup
 	molecule test --scenario-name default
 	molecule test --scenario-name mariadb
+	molecule test --scenario-name pg_tde
 	molecule test --scenario-name packaged
 
 test: setup
