@@ -338,7 +338,7 @@ def _world(estate: Estate) -> dict[str, t.Any]:
 
 
 def _tokens(estate: Estate) -> dict[str, t.Any]:
-    names = collections.Counter(token.name for token in (*estate.softcards, *estate.cardsets))
+    names = collections.Counter(token.name for token in estate.tokens)
     usable = [module for module in estate.world.modules if module.usable]
     return {
         "modules": [

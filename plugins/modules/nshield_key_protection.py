@@ -184,6 +184,7 @@ import typing as t
 
 from ansible_collections.hsm.tde.plugins.module_utils.common import plan as planning
 from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeModule, run_module
+from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import secret_from_option
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.hsm import nshield_client, nshield_keys
@@ -194,6 +195,8 @@ def act(module: TdeModule) -> dict[str, t.Any]:
     """Verify or transfer; the result as RETURN says."""
     params = module.params
     tools = Nshield.of_options(params)
+    if not params["keys"] and (params["state"] == "verified" or params["source"] is None):
+        raise TdeError("invalid_option", "names no key; a transfer may name a source instead", obj="option keys")
     if params["state"] == "verified":
         estate = tools.usable()
         expected = nshield_keys.expectation(estate, params["protection"], params["token"])
@@ -258,8 +261,6 @@ def main() -> None:
         required_if=[
             ("protection", "softcard", ["token"]),
             ("protection", "ocs", ["token"]),
-            ("state", "verified", ["keys"]),
-            ("state", "transferred", ["keys", "source"], True),
         ],
     )
 

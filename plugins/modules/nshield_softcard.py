@@ -33,6 +33,11 @@ options:
   old_passphrase:
     description: The passphrase that it has, to change it.
     type: str
+  acs_passphrase:
+    description:
+      - The passphrase of the administrator cards. A FIPS 140 level 3 Security World asks for an operator card, which needs none, or for
+        administrator cards in slots.
+    type: str
   recoverable:
     description: Whether a new softcard is made so that the administrator cards can replace its passphrase.
     type: bool
@@ -125,6 +130,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
         hash=params["hash"],
         passphrase=established(secret_from_option("passphrase", params["passphrase"]), "passphrase"),
         old_passphrase=secret_from_option("old_passphrase", params["old_passphrase"]),
+        acs_passphrase=secret_from_option("acs_passphrase", params["acs_passphrase"]),
         recoverable=params["recoverable"],
         rules=params["rules"],
     )
@@ -155,6 +161,7 @@ def main() -> None:
             "hash": {"type": "str"},
             "passphrase": {"type": "str", "required": True, "no_log": True},
             "old_passphrase": {"type": "str", "no_log": True},
+            "acs_passphrase": {"type": "str", "no_log": True},
             "recoverable": {"type": "bool", "default": False},
             "rules": {"type": "str", "choices": ["oracle", "nshield"], "default": "oracle"},
             **nshield_options(),

@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 import typing as t
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
+from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
+from ansible_collections.hsm.tde.plugins.module_utils.hsm.nshield import Nshield
+from ansible_collections.hsm.tde.plugins.module_utils.hsm.nshield_cards import check_credential
 from ansible_collections.hsm.tde.tests.integration import nshield, support
 from ansible_collections.hsm.tde.tests.integration.nshield import ACS_PASSPHRASE, MASTER, PASSPHRASE, Site
 
@@ -100,7 +105,12 @@ def test_info_of_a_level_3_cluster_with_a_card_in_one_hsm_only() -> None:
         site.hsm.remove(module=2)
         result = site.run("nshield_softcard", name="two", passphrase=PASSPHRASE)
         assert result["error_code"] == "nshield_authorisation_missing"
+        # Administrator cards do, with their passphrase; an operator card needs none.
+        site.hsm.insert("acs:1")
+        result = site.run("nshield_softcard", name="two", passphrase=PASSPHRASE)
+        assert result["error_code"] == "nshield_authorisation_missing"
         assert site.commands("ppmk") == []
+        assert site.run("nshield_softcard", name="two", passphrase=PASSPHRASE, acs_passphrase=ACS_PASSPHRASE)["changed"]
 
 
 # nshield_key_protection: verified
@@ -254,6 +264,25 @@ def test_at_fips_level_3_a_card_s_passphrase_needs_an_administrator_card() -> No
         assert site.run("nshield_cardset", **wish, acs_passphrase=ACS_PASSPHRASE)["changed"]
 
 
+# A database's credential, before a key is made with it
+
+
+def test_a_mistyped_credential_is_caught_before_any_key_is_made(shared: Site) -> None:
+    tools = Nshield(str(shared.a.home), timeout=20)
+    assert check_credential(tools, "softcard", "one", Secret(PASSPHRASE)) in shared.a.softcards()
+    assert check_credential(tools, "ocs", "cards", Secret(PASSPHRASE)) in shared.a.cardsets()
+    assert check_credential(tools, "module", None, Secret(PASSPHRASE)) is None
+    for protection, name, passphrase, code in (
+        ("softcard", "onne", PASSPHRASE, "token_absent"),
+        ("softcard", "one", "Softcard-l", "nshield_passphrase_refused"),
+        ("ocs", "one", PASSPHRASE, "token_absent"),
+        ("ocs", "cards", "Softcard-l", "nshield_passphrase_refused"),
+    ):
+        with pytest.raises(TdeError) as caught:
+            check_credential(tools, protection, name, Secret(passphrase))
+        assert caught.value.code == code
+
+
 # Transfers
 
 
@@ -290,9 +319,7 @@ def test_a_transfer_keeps_the_key_and_moves_its_protection(pair: Site) -> None:
     assert pair.run("nshield_key_protection", keys=names, protection="softcard", token="to1")["keys"][0]["as_expected"]
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(0, marks=pytest.mark.slow), 0.5, pytest.param(1, marks=pytest.mark.slow), pytest.param(1.5)]
-)
+@pytest.mark.parametrize("moment", [0.5, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 1.5))])
 def test_rocs_killed_half_way_with_a_second_client_holding_old_key_files(pair: Site, moment: float) -> None:
     tag = str(moment).replace(".", "")
     source, target = f"from{tag}k", f"to{tag}k"
@@ -433,6 +460,35 @@ def test_keys_reach_the_other_client_and_who_lacks_what_is_remembered() -> None:
         assert site.run("nshield_client", supplied=["b"])["clients_behind"] == []
         site.hsm.fault("rfs", "down")
         assert site.run("nshield_client", b, distribution={**way, "sync": "update"})["error_code"] == "command_failed"
+
+
+@pytest.mark.slow
+def test_a_module_that_is_killed_while_rocs_asks_is_run_again(pair: Site) -> None:
+    pair.a.create_softcard("from3", PASSPHRASE)
+    pair.a.create_softcard("to3", NEW)
+    pair.a.login(f"{PASSPHRASE}|from3").create_key(MASTER + "71")
+    pair.hsm.fault("hang", "rocs")
+    wish = transfer_options("from3", "to3", keys=[MASTER + "71"])
+    content = json.dumps({"ANSIBLE_MODULE_ARGS": {**pair.options(), **wish}})
+    module = subprocess.Popen(
+        [sys.executable, str(support.ROOT / "plugins/modules/nshield_key_protection.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env={"PYTHONPATH": str(support.ROOT / ".collections")},
+        text=True,
+    )
+    t.cast(t.IO[str], module.stdin).write(content)
+    t.cast(t.IO[str], module.stdin).close()
+    journal = Journal(str(pair.a.home.with_suffix(".state") / "journal.jsonl"))
+    deadline = time.monotonic() + 60
+    while (journal.last(action="transfer_keys") or {}).get("result") != "begun":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    module.kill()
+    module.wait()
+    pair.hsm.fault("hang", None)
+    assert pair.a.login(f"{PASSPHRASE}|from3").find(MASTER + "71")
+    assert pair.run("nshield_key_protection", **wish)["keys"][0]["token_name"] == "to3"
 
 
 def test_a_folder_beside_the_common_store_is_an_error(shared: Site, tmp_path: Path) -> None:

@@ -52,10 +52,14 @@ class Estate:
     cardsets: tuple[text.Cardset, ...]
     keys: tuple[text.Key, ...]
 
+    @property
+    def tokens(self) -> tuple[text.Softcard | text.Cardset, ...]:
+        """Softcards and card sets."""
+        return (*self.softcards, *self.cardsets)
+
     def token_name(self, identifier: str | None) -> str | None:
         """The name of a softcard or card set by its hash; None for the module, and where the token is gone."""
-        tokens: tuple[text.Softcard | text.Cardset, ...] = (*self.softcards, *self.cardsets)
-        return next((token.name for token in tokens if token.hash == identifier), None)
+        return next((token.name for token in self.tokens if token.hash == identifier), None)
 
     def find_token(self, protection: str, named: str) -> text.Softcard | text.Cardset:
         """A softcard or card set by name or hash.

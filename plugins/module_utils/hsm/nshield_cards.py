@@ -35,6 +35,7 @@ class SoftcardWish:
 
     :param name: its name; :param hash: its hash, where names repeat. One of them.
     :param old_passphrase: the present one, to change it.
+    :param acs_passphrase: of administrator cards, where a FIPS level 3 world has them in slots and no operator card.
     :param recoverable: made so that administrator cards can replace its passphrase.
     :param rules: ``oracle``: the credential must be one that Oracle takes; ``nshield``: the HSM's own rules.
     """
@@ -43,6 +44,7 @@ class SoftcardWish:
     hash: str | None
     passphrase: Secret
     old_passphrase: Secret | None = None
+    acs_passphrase: Secret | None = None
     recoverable: bool = False
     rules: str = "oracle"
 
@@ -72,15 +74,15 @@ def softcard(tools: Nshield, wish: SoftcardWish, state: StateDirectory, *, check
     if found is not None and not right:
         _may_change(tools, found, wish.old_passphrase)
     if plan:
-        require_authorisation(estate)
+        require_authorisation(estate, wish.acs_passphrase)
     if check_mode or not plan:
         return SoftcardOutcome(found, plan, estate)
     with state.locked(wait_seconds=tools.timeout):
         planning.run(
             plan,
             {
-                "create_softcard": lambda step: _create(tools, wish, state),
-                "change_softcard_passphrase": lambda step: _change(tools, step.data["hash"], wish, state),
+                "create_softcard": lambda step: _create(tools, estate, wish, state),
+                "change_softcard_passphrase": lambda step: _change(tools, estate, step.data["hash"], wish, state),
             },
         )
     estate = tools.usable()
@@ -144,13 +146,48 @@ def _may_change(tools: Nshield, found: Softcard, old: Secret | None) -> None:
         )
 
 
-def require_authorisation(estate: Estate) -> None:
-    """A FIPS level 3 world lets softcards be made and changed with an operator or administrator card in a slot only.
+def require_authorisation(estate: Estate, acs_passphrase: Secret | None) -> None:
+    """A FIPS level 3 world lets softcards be made and changed with an operator card, or administrator cards, in slots only.
 
     :raises TdeError: ``nshield_authorisation_missing``.
     """
-    if estate.world.fips_level == 3 and not estate.slots("operator") and not estate.slots("admin"):
+    if estate.world.fips_level != 3 or estate.slots("operator"):
+        return
+    if not estate.slots("admin"):
         raise TdeError("nshield_authorisation_missing", "is of FIPS 140 level 3, and no slot has a card", obj="Security World")
+    if acs_passphrase is None:
+        raise TdeError(
+            "nshield_authorisation_missing",
+            "is of FIPS 140 level 3, slots have administrator cards only, and their passphrase was not given",
+            obj="Security World",
+        )
+
+
+def check_credential(tools: Nshield, protection: str, named: str | None, passphrase: Secret) -> str | None:
+    """Whether the HSM knows a database's credential, before a key is made with it; nothing is changed.
+
+    The library goes by the name alone, so another softcard or card set of the same name is an error here.
+
+    :param named: name or hash of the softcard or card set; None for module protection, of which the HSM checks nothing.
+    :returns: the hash of the softcard or card set.
+    :raises TdeError: ``token_absent``, ``token_ambiguous``, ``nshield_passphrase_refused``, ``nshield_authorisation_missing``.
+    """
+    estate = tools.usable()
+    if protection == "module" or named is None:
+        return None
+    token = estate.find_token(protection, named)
+    if sum(other.name == token.name for other in estate.tokens) > 1:
+        raise TdeError("token_ambiguous", "another softcard or card set has this name", obj=token.name)
+    if protection == "softcard":
+        right = check_softcard(tools, token.hash, passphrase)
+    else:
+        slots = estate.slots("operator", token.hash)
+        if not slots:
+            raise TdeError("nshield_authorisation_missing", "none of its cards is in a slot", obj=f"card set {token.name}")
+        right = all([check_card(tools, module, slot, passphrase) for module, slot in slots])
+    if not right:
+        raise TdeError("nshield_passphrase_refused", "does not take the passphrase", obj=token.name)
+    return token.hash
 
 
 def check_softcard(tools: Nshield, identifier: str, passphrase: Secret) -> bool:
@@ -166,9 +203,16 @@ def check_softcard(tools: Nshield, identifier: str, passphrase: Secret) -> bool:
     raise failed("ppmk", said)
 
 
-def _create(tools: Nshield, wish: SoftcardWish, state: StateDirectory) -> None:
+def _administrators(estate: Estate, acs_passphrase: Secret | None) -> list[Answer]:
+    """The answers to administrator cards' prompts: one a card, never twice."""
+    quorum = estate.world.acs_quorum[0] if estate.world.acs_quorum else 1
+    return [Answer(ADMIN_PROMPT, acs_passphrase, quorum)] if acs_passphrase is not None else []
+
+
+def _create(tools: Nshield, estate: Estate, wish: SoftcardWish, state: StateDirectory) -> None:
     recoverable = "--recoverable" if wish.recoverable else "--non-recoverable"
-    said = talk(tools, ["ppmk", "--new", recoverable, wish.name or ""], [Answer(NEW_PROMPT, wish.passphrase, times=2)])
+    answers = [*_administrators(estate, wish.acs_passphrase), Answer(NEW_PROMPT, wish.passphrase, times=2)]
+    said = talk(tools, ["ppmk", "--new", recoverable, wish.name or ""], answers)
     if said.code or said.asked_again:
         raise failed("ppmk --new", said)
     made = re.search(r"HKLTU ([0-9a-f]{40})", said.text)
@@ -176,9 +220,10 @@ def _create(tools: Nshield, wish: SoftcardWish, state: StateDirectory) -> None:
     nshield_changes.remember(state, f"softcard {wish.name} was made")
 
 
-def _change(tools: Nshield, identifier: str, wish: SoftcardWish, state: StateDirectory) -> None:
+def _change(tools: Nshield, estate: Estate, identifier: str, wish: SoftcardWish, state: StateDirectory) -> None:
     old = wish.old_passphrase or wish.passphrase
-    said = talk(tools, ["ppmk", "--change", identifier], [Answer(NEW_PROMPT, wish.passphrase, times=2), Answer(ANY_PROMPT, old)])
+    answers = [Answer(NEW_PROMPT, wish.passphrase, times=2), Answer(ANY_PROMPT, old)]
+    said = talk(tools, ["ppmk", "--change", identifier], [*_administrators(estate, wish.acs_passphrase), *answers])
     if said.code or said.asked_again:
         raise failed("ppmk --change", said)
     Journal(state.journal).append("change_softcard_passphrase", _named(wish), key=wish.name or "", key_id=identifier)
@@ -244,12 +289,9 @@ def cardset_passphrase(
         for module, slot in wrong
     ]
     if plan and not check_mode:
-        acs = estate.world.acs_quorum[0] if estate.world.acs_quorum else 1
 
         def change(step: Step) -> None:
-            answers = [Answer(NEW_PROMPT, passphrase, times=2)]
-            if acs_passphrase is not None:
-                answers.append(Answer(ADMIN_PROMPT, acs_passphrase, times=acs))
+            answers = [*_administrators(estate, acs_passphrase), Answer(NEW_PROMPT, passphrase, times=2)]
             answers.append(Answer(ANY_PROMPT, old_passphrase or passphrase))
             place = ["-m", str(step.data["module"]), "-s", str(step.data["slot"])]
             said = talk(tools, ["cardpp", *place, "--change"], answers)
