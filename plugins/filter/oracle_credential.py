@@ -40,10 +40,10 @@ notes:
 
 EXAMPLES = r"""
 # The credential of the softcard oracle-tde
-credential: "{{ vault_softcard_passphrase | hsm.tde.oracle_credential(name='oracle-tde') }}"
+softcard_credential: "{{ vault_softcard_passphrase | hsm.tde.oracle_credential(name='oracle-tde') }}"
 
 # For module protection
-credential: "{{ vault_module_passphrase | hsm.tde.oracle_credential }}"
+module_credential: "{{ vault_module_passphrase | hsm.tde.oracle_credential }}"
 """
 
 RETURN = r"""
