@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(hosts.SUITES), default="trixie", help="Debian's release")
     options = parser.parse_args()
+    # Ended by a time limit, it cleans up too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     machine.require()
     libraries = suite.libraries(options.suite)
     if not (libraries / "complete").exists():
