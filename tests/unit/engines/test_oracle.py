@@ -165,7 +165,25 @@ def test_a_passphrase_change_goes_the_guides_way_through_its_phases() -> None:
     assert actions(plan.present(facts(opened=(), startup="2"), asked, SOFT, change).now) == ["open_keystore"]
     assert actions(plan.present(facts(startup="2"), asked, SOFT, change).now) == ["write_secret", "create_auto_login"]
     current = dataclasses.replace(asked, secret_current=True)
-    assert actions(plan.present(facts(startup="2"), current, SOFT, change).now) == ["verify_protection", "finish_change"]
+    assert [step.data["value"] for step in plan.present(facts(startup="2"), current, SOFT, change).now] == ["HSM|FILE"]
+    final = facts(startup="2", configuration="HSM|FILE", configuration_next="HSM|FILE")
+    assert actions(plan.present(final, current, SOFT, change).now) == ["verify_protection", "finish_change"]
+
+
+def test_auto_login_is_out_of_the_way_while_the_credential_changes() -> None:
+    """Or it opens the keystore with the former credential whenever somebody looks at it."""
+    state = facts(configuration="HSM|FILE", configuration_next="HSM|FILE")
+    steps = plan.present(state, wish(new_credential=True, auto_login=True, secret_current=False), SOFT, None).now
+    assert actions(steps) == ["alter_system", "close_keystore"]
+    assert steps[0].data["value"] == "HSM"
+
+
+def test_a_master_key_that_does_not_show_is_not_replaced() -> None:
+    hidden = facts(keys=(), **ENCRYPTED)
+    for keyed in (("CDB$ROOT", "PDB1", "PDB2"), ("PDB1",)):
+        with pytest.raises(TdeError) as caught:
+            plan.master_keys(hidden, wish(), "main", None, keyed)
+        assert caught.value.code == "oracle_master_key_unreachable"
 
 
 def test_module_protection_has_no_token_step() -> None:

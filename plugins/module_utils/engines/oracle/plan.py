@@ -332,16 +332,20 @@ def credential_leg(facts: Facts, wish: Wish, change: Change) -> Decision:
     restart = "The HSM's library still holds the former credential."
     # In the midst of a round trip the software keystore guards the master keys.
     hsm = change.kind != ROUND_TRIP
+    # Auto-login would open the keystore with the former credential whenever somebody looks, until its secret is another.
+    still = alter(facts, wish, "HSM") if hsm else []
+    final = alter(facts, wish, configuration(change.target, wish.auto_login)) if hsm else []
     after = [
         *_restart(restart),
         Step("open_pdbs", "all PDBs", "a closed one would be left behind"),
         *([Step("open_keystore", "HSM keystore of all containers", "with the new credential", {})] if hsm else []),
         *(secret(wish, facts) + external(wish) if hsm else []),
+        *(still and [Step("alter_system", "parameter TDE_CONFIGURATION to HSM|FILE", "auto-login is arranged again", {})]),
         *(verify(change.target) if hsm and change.kind != REPLACE else []),
         *finish(change),
     ]
     if change.phase == BEGUN:
-        steps = open_pdbs(facts) + closing(facts, None, hsm=hsm, why=why) if hsm else []
+        steps = open_pdbs(facts) + still + closing(facts, None, hsm=hsm, why=why) if hsm else []
         mark = [Step("mark_closed", "keystore", "closed everywhere", {"phase": CLOSED})]
         return Decision(steps or mark, (), [*(mark if steps else []), *token_step(change), *after])
     if change.phase == CLOSED:
@@ -350,7 +354,7 @@ def credential_leg(facts: Facts, wish: Wish, change: Change) -> Decision:
         return Decision([], (restart,), after)
     steps = open_pdbs(facts)
     if not steps and hsm:
-        steps = external(wish) or opening(facts, wish, hsm=True) or secret(wish, facts)
+        steps = external(wish) or opening(facts, wish, hsm=True) or secret(wish, facts) or final
     return Decision(steps or [*(verify(change.target) if hsm and change.kind != REPLACE else []), *finish(change)])
 
 
@@ -374,7 +378,8 @@ def migration_leg(facts: Facts, wish: Wish, change: Change) -> Plan:
     steps = open_pdbs(facts)
     if not steps and facts.configuration_next not in (both, final):
         made = [] if wish.software_made else software(facts, wish)
-        steps = made or (near if into else []) or alter(facts, wish, both)
+        # The secret of auto-login comes before HSM|FILE, which would open the HSM with the former one.
+        steps = made or (near + (secret(wish, facts) if not near else []) if into else []) or alter(facts, wish, both)
     steps = steps or (opening(facts, everywhere, hsm=True) if into else software(facts, everywhere))
     if not steps and facts.configuration_next == both:
         steps = near
@@ -414,10 +419,11 @@ def tag_of(cluster: str, tag: str | None) -> str:
     return f"hsm-tde.{cluster}" + (f".{tag}" if tag else "")
 
 
-def master_keys(facts: Facts, wish: Wish, cluster: str, tag: str | None) -> Plan:
+def master_keys(facts: Facts, wish: Wish, cluster: str, tag: str | None, keyed: t.Collection[str] = ()) -> Plan:
     """A master key for every container; with a tag, one of that tag, activated.
 
-    :raises TdeError: ``keystore_closed``, ``tag_superseded``, ``oracle_containers_behind``.
+    :param keyed: containers that have a master key, as the host remembers.
+    :raises TdeError: ``keystore_closed``, ``tag_superseded``, ``oracle_containers_behind``, ``oracle_master_key_unreachable``.
     """
     wished = tag_of(cluster, tag)
     steps: Plan = []
@@ -432,6 +438,12 @@ def master_keys(facts: Facts, wish: Wish, cluster: str, tag: str | None) -> Plan
             continue
         if not facts.opened(one.con_id, wish.guard.hsm):
             raise TdeError("keystore_closed", "its keystore is not open", obj=f"container {one.name}")
+        if active is None and (
+            one.name in keyed or any(space.con_id == one.con_id and space.algorithm for space in facts.spaces)
+        ):
+            raise TdeError(
+                "oracle_master_key_unreachable", "has one, which does not show; no other is made", obj=f"container {one.name}"
+            )
         if any(key.activated for key in tagged):
             raise TdeError(
                 "tag_superseded",
