@@ -15,6 +15,16 @@ from .errors import TdeError
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+def identity(user: str | None) -> dict[str, t.Any]:
+    """What :class:`subprocess.Popen` is given to become a user of the operating system; nothing for who already is."""
+    if user is None:
+        return {}
+    entry = pwd.getpwnam(user)
+    if entry.pw_uid == os.geteuid():
+        return {}
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
+
+
 def run_program(
     argv: t.Sequence[str],
     *,
@@ -36,12 +46,8 @@ def run_program(
     :raises TdeError: ``command_missing``, ``command_failed``, ``timeout``.
     """
     env = {"PATH": _PATH, "LC_ALL": "C", **(environment or {})}
-    identity: dict[str, t.Any] = {}
     if user is not None:
-        entry = pwd.getpwnam(user)
-        if entry.pw_uid != os.geteuid():
-            identity = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
-        env["HOME"] = entry.pw_dir
+        env["HOME"] = pwd.getpwnam(user).pw_dir
     try:
         done = subprocess.run(
             list(argv),
@@ -52,7 +58,7 @@ def run_program(
             cwd="/",
             check=False,
             pass_fds=tuple(inherit),
-            **identity,
+            **identity(user),
         )
     except FileNotFoundError:
         raise TdeError("command_missing", "is not installed", obj=argv[0]) from None

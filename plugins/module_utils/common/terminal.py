@@ -21,6 +21,7 @@ import time
 import typing as t
 
 from .errors import TdeError
+from .run import identity
 from .secret import Secret
 
 #: As for other programs, see run.py.
@@ -63,6 +64,7 @@ def converse(
     *,
     environment: t.Mapping[str, str] | None = None,
     timeout: float = 60,
+    user: str | None = None,
 ) -> Said:
     """Run a program on a terminal of its own, without echo, and answer its prompts.
 
@@ -70,6 +72,7 @@ def converse(
 
     :param argv: program and arguments; never a secret, every user of the host can read them.
     :param timeout: seconds for all of its work.
+    :param user: the operating system's user to become.
     :raises TdeError: ``command_missing``; ``timeout`` with what it waited at; ``invalid_option`` for a reply that cannot be typed.
     """
     for answer in answers:
@@ -78,7 +81,7 @@ def converse(
     leader, terminal = pty.openpty()
     try:
         _no_echo(terminal)
-        child = _start(argv, terminal, environment)
+        child = _start(argv, terminal, environment, user)
         os.close(terminal)
         terminal = -1
         try:
@@ -107,7 +110,9 @@ class _Silent(Exception):
         self.said = said
 
 
-def _start(argv: t.Sequence[str], terminal: int, environment: t.Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+def _start(
+    argv: t.Sequence[str], terminal: int, environment: t.Mapping[str, str] | None, user: str | None
+) -> subprocess.Popen[bytes]:
     def take() -> None:
         # A password is read from /dev/tty, the controlling terminal (getpass(3)).
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -122,6 +127,7 @@ def _start(argv: t.Sequence[str], terminal: int, environment: t.Mapping[str, str
             preexec_fn=take,
             cwd="/",
             env={"PATH": _PATH, "LC_ALL": "C", "TERM": "dumb", **(environment or {})},
+            **identity(user),
         )
     except OSError as exc:
         raise TdeError("command_missing", os.strerror(exc.errno or 0), obj=argv[0]) from None

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
-import pwd
 import random
 import string
 import struct
@@ -15,9 +13,8 @@ import typing as t
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
-from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.engines.base import Connection, SlotWish
-from ansible_collections.hsm.tde.plugins.module_utils.engines.fep import conf, look, options, plan, prompt, sql
+from ansible_collections.hsm.tde.plugins.module_utils.engines.fep import conf, look, options, plan, sql
 from ansible_collections.hsm.tde.plugins.module_utils.storage import pages
 from hypothesis import given
 from hypothesis import strategies as st
@@ -227,13 +224,3 @@ def test_encrypted_is_said_only_if_nothing_speaks_against_it(
     verdict = pages.judge(facts)[0]
     assert (verdict == "plain") == bool(plain or found)
     assert (verdict == "encrypted") == bool(opaque and not plain and not unclear and not found and control)
-
-
-def test_a_secret_is_typed_on_a_terminal_and_told_to_nobody() -> None:
-    user = pwd.getpwuid(os.geteuid()).pw_name
-    script = 'IFS= read -r -p "Enter the passphrase: " p </dev/tty; [ "$p" = "correct horse" ] || { echo "no: $p"; exit 3; }'
-    prompt.answer_prompt(["bash", "-c", script], Secret("correct horse"), user=user)
-    with pytest.raises(TdeError) as raised:
-        prompt.answer_prompt(["bash", "-c", script], Secret("wrong horse"), user=user)
-    assert raised.value.code == "command_failed"
-    assert "wrong horse" not in str(raised.value)

@@ -18,6 +18,7 @@ from ...common.journal import Journal
 from ...common.plan import Handlers, Step
 from ...common.run import run_program
 from ...common.secret import Secret
+from ...common.terminal import Answer, converse
 from ...pkcs11 import pins, resting
 from ...pkcs11.kek import create_kek
 from ...pkcs11.keys import find
@@ -30,7 +31,6 @@ from ..postgresql import sql as postgres
 from ..userside import UserSide
 from . import conf, look, sql
 from .options import FILE, HSM, PLUGIN, Options
-from .prompt import answer_prompt
 
 #: Seconds that initdb may take, the syncing of its files included.
 _INITDB_SECONDS = 900
@@ -359,7 +359,9 @@ class Acts:
         keystore = os.path.join(os.path.dirname(step.data["path"]), look.KEYSTORE)
         self._remove(step.data["path"])
         argv = [self.options.program("pgx_keystore"), "--enable-auto-open", keystore]
-        answer_prompt(argv, secret, user=self.options.os_user)
+        said = converse(argv, [Answer(r":", secret)], user=self.options.os_user)
+        if said.code or said.asked_again:
+            raise TdeError("command_failed", f"exit code {said.code}: {said.last_line}", obj=" ".join(argv[:2]))
         self.note(look.ENABLE, step.obj)
 
     def _disable_auto_open(self, step: Step) -> None:

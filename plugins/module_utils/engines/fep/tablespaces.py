@@ -154,6 +154,7 @@ class Tablespaces:
                 "server_other_product",
                 "has no view pgx_tablespaces, so nothing tells what is encrypted",
                 obj=f"server at {state.server.access.where}",
+                next_step="Name the socket and port of an Enterprise Postgres with encryption.",
             )
         return answer
 
