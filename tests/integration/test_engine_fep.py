@@ -171,6 +171,7 @@ def standby(file_cluster: FepEstate) -> t.Iterator[FepEstate]:
         made.server.stop()
 
 
+@pytest.mark.slow
 def test_a_standby_is_supplied_and_promoted(file_cluster: FepEstate, standby: FepEstate) -> None:
     """It makes no keystore of its own; a copied keystore.ks serves it, a copied keystore.aks does not."""
     primary = file_cluster

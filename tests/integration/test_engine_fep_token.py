@@ -194,7 +194,7 @@ def test_the_pin_changes_while_the_database_is_in_use(cluster: FepEstate) -> Non
     options = {**cluster.options, "auto_open": True}
     former = cluster.pin
     subprocess.run(cluster.host.inside(f"{cluster.server.bin}/pgbench", "-h", str(cluster.server.socket), "-iq", "postgres"), check=True, capture_output=True)  # type: ignore[union-attr]  # fmt: skip
-    bench = cluster.server.popen("pgbench", "-c", "3", "-T", "5", "postgres")
+    bench = cluster.server.popen("pgbench", "-c", "3", "-T", "4", "postgres")
     try:
         assert cluster.steps("tde_keystore", keyslots=SLOTS, fep=options) == ["write_include_file", "write_record"]
         assert f"tde_z.USER_PIN = '{former}'" in cluster.include()
