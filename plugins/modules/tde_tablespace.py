@@ -34,7 +34,7 @@ options:
     required: true
     suboptions:
       name:
-        description: Its name, 1 to 52 of C(A-Z a-z 0-9 _ . -), beginning with a letter or digit.
+        description: Its name, 1 to 52 of C(A-Z a-z 0-9 _ . -), beginning with a letter or digit. With O(engine=pg_tde) it is V(tde_heap).
         type: str
         required: true
       location:
@@ -50,6 +50,7 @@ options:
         description:
           - The cipher. With O(engine=postgresql), V(AES256) is AES-256-XTS for contents and AES-256-CTS for names.
           - With O(engine=fep) the server encrypts, and both are possible. That of a tablespace that holds anything cannot change.
+          - With O(engine=pg_tde) it is that of O(pg_tde.cipher).
         type: str
         choices: [AES128, AES256]
         default: AES256
