@@ -204,9 +204,11 @@ def transfer(tools: Nshield, wish: TransferWish, state: StateDirectory, *, check
         backups.append(nshield_world.back_up(tools.local, wish.backup_directory))
         journal.append("back_up_world", backups[-1], digest=nshield_world.digest(nshield_world.files(tools.local)))
 
+    heard: list[str] = []
+
     def move(step: Step) -> None:
         journal.append("transfer_keys", step.obj, result="begun", idents=list(step.data["idents"]))
-        _rocs(tools, estate, wish, expected, step.data["idents"])
+        heard.extend(_rocs(tools, estate, wish, expected, step.data["idents"]).splitlines())
 
     def retire(step: Step) -> None:
         nshield_world.put_aside(tools.local, f"key_{wish.application}_{step.data['ident']}", backups[-1])
@@ -238,7 +240,7 @@ def transfer(tools: Nshield, wish: TransferWish, state: StateDirectory, *, check
             f"still elsewhere: {', '.join(left)}",
             obj=f"transfer to {expected.words}",
             kept=f"Transferred: {', '.join(done) or 'none'}. Backup: {backups[-1]}.",
-            details={"transferred": done, "left": left, "backup": backups[-1]},
+            details={"transferred": done, "left": left, "backup": backups[-1], "rocs": heard[-20:]},
         )
     return TransferOutcome(plan, estate, tuple(keys), now, tuple(after), backups[-1])
 
@@ -331,8 +333,8 @@ def _ready(tools: Nshield, estate: Estate, wish: TransferWish, expected: Expecte
         raise TdeError("nshield_passphrase_refused", "does not take the passphrase", obj=expected.words)
 
 
-def _rocs(tools: Nshield, estate: Estate, wish: TransferWish, expected: Expected, idents: t.Sequence[str]) -> None:
-    """One run of rocs for all keys: it asks for the administrator cards once."""
+def _rocs(tools: Nshield, estate: Estate, wish: TransferWish, expected: Expected, idents: t.Sequence[str]) -> str:
+    """One run of rocs for all keys: it asks for the administrator cards once. :returns: what it said; no secret is in it."""
     commands = [
         f"target hash {expected.token}",
         *(f"mark {wish.application}:{ident}" for ident in idents),
@@ -347,8 +349,9 @@ def _rocs(tools: Nshield, estate: Estate, wish: TransferWish, expected: Expected
         answers += [Answer(ADMIN_PROMPT, wish.acs_passphrase, quorum), Answer(ANY_PROMPT, wish.passphrase, cards)]
     said = talk(tools, ["rocs"], answers)
     # A killed rocs has transferred some: what is where is looked at afterwards.
-    if said.asked_again or (said.code > 0):
+    if said.asked_again or said.code > 0:
         raise failed("rocs", said)
+    return said.text
 
 
 def _again(tools: Nshield, estate: Estate, keys: t.Sequence[Placed], wish: TransferWish, expected: Expected) -> list[Placed]:
