@@ -184,7 +184,7 @@ def check_credential(tools: Nshield, protection: str, named: str | None, passphr
         slots = estate.slots("operator", token.hash)
         if not slots:
             raise TdeError("nshield_authorisation_missing", "none of its cards is in a slot", obj=f"card set {token.name}")
-        right = all([check_card(tools, module, slot, passphrase) for module, slot in slots])
+        right = all(check_card(tools, module, slot, passphrase) for module, slot in slots)
     if not right:
         raise TdeError("nshield_passphrase_refused", "does not take the passphrase", obj=token.name)
     return token.hash
