@@ -258,7 +258,10 @@ def test_a_change_is_sent_once_and_looked_for_when_its_answer_is_lost(kmip_serve
 def _ensure(one: KmipAccess, name: str, state: str) -> str:
     journal = Journal(StateDirectory(state).journal)
     with Client(one) as client, keys.one_at_a_time(StateDirectory(state)):
-        return (keys.find_one(client, name, journal) or keys.create(client, keys.Spec(name), journal)).uid
+        found = keys.find_one(client, name, journal) or keys.create(client, keys.Spec(name), journal)
+        if found.state == "pre_active":
+            client.activate(found.uid)
+        return found.uid
 
 
 def _racer(one: KmipAccess, name: str, state: str, barrier: t.Any, answers: t.Any) -> None:
@@ -292,6 +295,8 @@ def test_eight_at_once_make_one(kmip_server: KmipServer, tmp_path: Path, hosts: 
 def test_two_of_one_name_are_named(kmip_server: KmipServer, state: StateDirectory) -> None:
     with Client(access(kmip_server)) as client:
         uids = [client.create("twice", "aes", 256, ["encrypt"]) for dummy in range(2)]
+        for uid in uids:
+            client.activate(uid)
         error = refused(lambda: keys.find_one(client, "twice", Journal(state.journal)))
     assert (error.code, sorted(error.details["ids"])) == ("key_ambiguous", sorted(uids))
     assert all(re.search(rf"\b{uid}\b", error.message) for uid in uids)

@@ -26,10 +26,10 @@ if t.TYPE_CHECKING:
 
 #: Seconds to wait for another run of this host that makes keys; each of its requests has a time-out of its own.
 _WAIT = 180
-#: How often two hosts may meet before one gives up, and the seconds (at most) between two tries.
-_ROUNDS, _PAUSE = 6, 0.8
-#: How often keys of one name are looked at before they are an error, and the seconds in between.
-_LOOKS, _SETTLED = 4, 1.0
+#: How often hosts may meet before one gives up, and the seconds (at most) before the second try; twice as many before each other.
+_ROUNDS, _PAUSE = 8, 0.5
+#: Seconds between two looks at a key that may go.
+_LOOK = 0.5
 #: Seconds after which nobody takes back a key any more; hosts' clocks may differ by less.
 _YOUNG = 300
 
@@ -83,18 +83,16 @@ def find(client: Client, name: str) -> list[KeyFacts]:
 def find_one(client: Client, name: str, journal: Journal) -> KeyFacts | None:
     """The key of a name that stays, None if there is none.
 
+    One that another host may be about to take back is waited for, as long as a request of that host may take.
+
     :param journal: names the keys that this host made to the end.
     :raises TdeError: ``key_ambiguous``, naming the ids.
     """
-    before: list[str] = []
-    for dummy in range(_LOOKS):
+    deadline = time.monotonic() + client.access.timeout
+    found = find(client, name)
+    while any(_may_go(one, journal) for one in found) and time.monotonic() < deadline:
+        time.sleep(_LOOK)
         found = find(client, name)
-        ids = [one.uid for one in found]
-        if ids == before or not any(_may_go(one, journal) for one in found):
-            break
-        # Another host may be at it, and take back its own.
-        before = ids
-        time.sleep(_SETTLED)
     if len(found) > 1:
         raise ambiguous(client, name, found)
     return found[0] if found else None
@@ -131,7 +129,7 @@ def create(client: Client, spec: Spec, journal: Journal, *, cluster: str = "") -
     :returns: the key; where another host made one of the name at the same moment, perhaps that one.
     :raises TdeError: ``kmip_answer_lost``, ``key_ambiguous``, ``kmip_name_taken`` and what the server answers.
     """
-    for dummy in range(_ROUNDS):
+    for number in range(_ROUNDS):
         uid = _create(client, spec)
         if uid is not None:
             note(journal, client, "create_kmip_key", spec.name, uid, cluster=cluster)
@@ -139,7 +137,7 @@ def create(client: Client, spec: Spec, journal: Journal, *, cluster: str = "") -
             if [one.uid for one in found] == [uid]:
                 return found[0]
             _take_back(client, spec, uid, journal, cluster)
-        time.sleep(random.uniform(0.1, _PAUSE))  # noqa: S311 - not for a secret
+        time.sleep(random.uniform(0.1, _PAUSE * 2**number))  # noqa: S311 - not for a secret
         other = find_one(client, spec.name, journal)
         if other:
             return other
