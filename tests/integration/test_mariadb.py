@@ -106,7 +106,12 @@ def test_keystore(host: Host, rows: str) -> None:
     assert os.listdir(host.server.include) == []
     host.server.restart()
     assert host.run("tde_keystore", state="open", check=True)["changed"]
-    opened = host.run("tde_keystore", state="open")
+    # As at boot.
+    umask = os.umask(0o077)
+    try:
+        opened = host.run("tde_keystore", state="open")
+    finally:
+        os.umask(umask)
     assert opened["restart_required"] is True
     again = host.run("tde_keystore", state="open")
     assert (again["changed"], again["restart_required"]) == (False, True)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 import typing as t
 
@@ -68,13 +69,35 @@ class Acts:
 
     def _mount(self) -> None:
         path = self.options.key_directory
-        make_private_directory(path, 0o755)
+        self._make_way(path)
         if os.listdir(path):
             raise TdeError(
                 "mount_point_not_empty", "has entries", obj=path, next_step="Move them away, or name another key_directory."
             )
         # Options of ramfs: mode alone (kernel's Documentation/filesystems/ramfs-rootfs-initramfs.rst); its pages are never swapped out.
         run_program(["mount", "-t", look.RAMFS, "-o", "mode=0700,nosuid,nodev,noexec", "hsm-tde", path])
+
+    def _make_way(self, path: str) -> None:
+        """Make the folder and those above it that are missing. The server's user must pass through them, whatever the umask is:
+        at boot it lets nobody.
+
+        :raises TdeError: ``permission_denied``.
+        """
+        umask = os.umask(0o022)
+        try:
+            make_private_directory(path, 0o755)
+        finally:
+            os.umask(umask)
+        folder = os.path.dirname(path)
+        while folder != "/":
+            if not os.stat(folder).st_mode & stat.S_IXOTH:
+                raise TdeError(
+                    "permission_denied",
+                    f"does not let {self.options.os_user} pass",
+                    obj=folder,
+                    next_step=f"Let others pass through it (chmod o+x {folder}), or name another key_directory.",
+                )
+            folder = os.path.dirname(folder)
 
     def _write_key_file(self) -> None:
         ring, path = self.keyring, self.options.key_file
