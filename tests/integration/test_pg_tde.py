@@ -9,7 +9,7 @@ import typing as t
 
 import pytest
 from ansible_collections.hsm.tde.tests.integration import estate, killing, pgtde, postgres
-from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer
+from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer, Relay
 from ansible_collections.hsm.tde.tests.integration.pgtde import Host, Vault
 
 pytestmark = [
@@ -181,6 +181,21 @@ def test_from_file_to_kmip(host: Host, rows: str, kmip_server: KmipServer) -> No
     host.run("tde_master_key", state="rotated", tag="6")
 
 
+def test_a_provider_is_changed_with_its_keys(host: Host, kmip_server: KmipServer) -> None:
+    relay = Relay(kmip_server.port)
+    try:
+        moved = kmip_server.options(kmip_servers=[relay.address])
+        result = host.run("tde_keystore", **moved)
+        assert "change_provider" in [step["action"] for step in result["plan"]]
+        assert (
+            host.server.psql("SELECT options ->> 'port' FROM pg_tde_list_all_global_key_providers() WHERE type = 'kmip'")
+            in relay.address
+        )
+        assert host.run("tde_keystore", **kmip_server.options())["changed"]
+    finally:
+        relay.close()
+
+
 @pytest.mark.slow
 def test_on_to_vault_and_back(host: Host, rows: str, kmip_server: KmipServer) -> None:
     assert set(host.set_keys().values()) == {"hsm-tde.main.6 of hsm-tde-kmip"}
@@ -204,9 +219,33 @@ def test_on_to_vault_and_back(host: Host, rows: str, kmip_server: KmipServer) ->
         host.run("tde_master_key", state="rotated", tag="7")
         assert {name: len(versions) for name, versions in vault.keys.items()} == {"hsm-tde.main.6": 1, "hsm-tde.main.7": 1}
 
+        with Vault(host.home) as empty:
+            empty.token.chmod(0o600)
+            elsewhere = {"pg_tde": {**host.options, **options, "vault_url": empty.url}, "keyslots": None}
+            host.refused("tde_keystore", "provider_without_key", **elsewhere)
+        host.run("tde_keystore", **to_vault)
+
         back = {"pg_tde": {**host.options, "provider": "file"}, "keyslots": estate.SLOTS}
         assert host.run("tde_keystore", **back)["changed"]
     assert not host.run("tde_keystore", **back)["changed"]
     assert set(host.set_keys().values()) == {"hsm-tde.main.7 of hsm-tde-file"}
     host.reboot()
     assert host.server.psql(ROWS, "shop") == rows
+
+
+def test_another_prefix_and_a_key_for_each_database(rows: str) -> None:
+    """The server has not loaded the library, and the extension is open_pg_tde."""
+    with pgtde.host(loaded=False, extension="open_pg_tde") as host:
+        host.options.update(scope="database", wal_encrypt=False, enforce_encryption=True)
+        host.refused("tde_tablespace", "cluster_unknown", tablespaces=WHOLE)
+        first = host.run("tde_keystore", keyslots=estate.SLOTS)
+        assert first["restart_required"] is True
+        host.refused("tde_tablespace", "keystore_closed", tablespaces=WHOLE)
+        host.present()
+        assert not host.run("tde_keystore", keyslots=estate.SLOTS)["changed"]
+        assert host.set_keys() == {"default": "", "server": "", "shop": "hsm-tde.main@shop of hsm-tde-file"}
+        host.run("tde_tablespace", tablespaces=WHOLE)
+        host.run("tde_master_key", state="rotated", tag="2")
+        assert host.set_keys()["shop"] == "hsm-tde.main.2@shop of hsm-tde-file"
+        assert "only the tde_heap access method" in host.server.psql("CREATE TABLE x (a int) USING heap", "shop", check=False)
+        assert host.server.psql(ROWS, "shop") == rows
