@@ -219,7 +219,7 @@ cardsets:
       description: Whether every usable module has one of its cards in a slot.
       type: bool
       sample: true
-keys:
+nshield_keys:
   description: The keys of all applications, with what protects them.
   returned: success and O(keys=true)
   type: list
@@ -305,7 +305,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
     estate = tools.inspect()
     result: dict[str, t.Any] = {"changed": False, "world": _world(estate), **_tokens(estate)}
     if module.params["keys"]:
-        result["keys"] = [
+        result["nshield_keys"] = [
             {
                 "application": key.application,
                 "ident": key.ident,

@@ -105,7 +105,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-keys:
+nshield_keys:
   description: The keys.
   returned: success
   type: list
@@ -205,7 +205,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
         shown = [key.public(estate) for key in keys]
         return {
             "changed": False,
-            "keys": shown,
+            "nshield_keys": shown,
             "backup": None,
             "other_clients_need": [],
             "plan": [],
@@ -227,7 +227,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
     shown = [key.public(outcome.estate) for key in outcome.keys]
     return {
         "changed": bool(outcome.plan),
-        "keys": shown,
+        "nshield_keys": shown,
         "backup": outcome.backup,
         "other_clients_need": nshield_client.needs_after_transfer() if outcome.plan else [],
         "plan": planning.public(outcome.plan),

@@ -56,7 +56,7 @@ def softcard(site: Site, name: str) -> str:
 
 def test_info_tells_what_really_protects_each_key(shared: Site) -> None:
     result = shared.run("nshield_info")
-    assert {key["name"]: (key["protection"], key["token_name"]) for key in result["keys"]} == {
+    assert {key["name"]: (key["protection"], key["token_name"]) for key in result["nshield_keys"]} == {
         MASTER + "01": ("softcard", "one"),
         MASTER + "02": ("ocs", "cards"),
         MASTER + "03": ("module", None),
@@ -118,14 +118,18 @@ def test_info_of_a_level_3_cluster_with_a_card_in_one_hsm_only() -> None:
 
 def test_keys_under_the_expected_softcard_are_verified(shared: Site) -> None:
     result = shared.run("nshield_key_protection", keys=[MASTER + "01"], protection="softcard", token="one")
-    assert (result["changed"], result["keys"][0]["as_expected"], result["keys"][0]["token_name"]) == (False, True, "one")
+    assert (result["changed"], result["nshield_keys"][0]["as_expected"], result["nshield_keys"][0]["token_name"]) == (
+        False,
+        True,
+        "one",
+    )
 
 
 def test_a_mistyped_credential_s_key_is_caught_by_the_verification_after(shared: Site) -> None:
     result = shared.run("nshield_key_protection", keys=[MASTER + "03"], protection="softcard", token="one")
     assert (result["failed"], result["error_code"]) == (True, "nshield_key_slipped")
     assert MASTER + "03" in result["msg"]
-    assert result["details"]["keys"][0]["protection"] == "module"
+    assert result["details"]["nshield_keys"][0]["protection"] == "module"
 
 
 def test_one_slipped_key_among_many_is_named(shared: Site) -> None:
@@ -308,7 +312,7 @@ def test_a_transfer_keeps_the_key_and_moves_its_protection(pair: Site) -> None:
     planned = pair.run("nshield_key_protection", **wish, check=True, diff=True)
     assert [step["action"] for step in planned["plan"]] == ["back_up_world", "transfer_keys"]
     done = pair.run("nshield_key_protection", **wish, diff=True)
-    assert {key["name"]: key["token"] for key in done["keys"]} == dict.fromkeys(names, target)
+    assert {key["name"]: key["token"] for key in done["nshield_keys"]} == dict.fromkeys(names, target)
     assert {path.name for path in Path(done["backup"]).iterdir()} >= {"world", f"softcard_{target}"}
     new = pair.a.login(f"{NEW}|to1")
     for name, blob in wrapped.items():
@@ -316,7 +320,7 @@ def test_a_transfer_keeps_the_key_and_moves_its_protection(pair: Site) -> None:
     assert pair.a.login(f"{PASSPHRASE}|from1").keys() == {}
     again = pair.run("nshield_key_protection", **wish)
     assert (again["changed"], again["plan"]) == (False, [])
-    assert pair.run("nshield_key_protection", keys=names, protection="softcard", token="to1")["keys"][0]["as_expected"]
+    assert pair.run("nshield_key_protection", keys=names, protection="softcard", token="to1")["nshield_keys"][0]["as_expected"]
 
 
 @pytest.mark.parametrize("moment", [0.5, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 1.5))])
@@ -341,7 +345,7 @@ def test_rocs_killed_half_way_with_a_second_client_holding_old_key_files(pair: S
         # Only an old file was left, which the run itself puts aside.
         assert killed["plan"][-1]["action"] == "retire_key_file"
     mended = pair.run("nshield_key_protection", keys=names, **{**transfer_options(source, target)})
-    assert {(key["token_name"], tuple(key["copies"])) for key in mended["keys"]} == {(target, ())}
+    assert {(key["token_name"], tuple(key["copies"])) for key in mended["nshield_keys"]} == {(target, ())}
     assert not pair.run("nshield_key_protection", keys=names, **transfer_options(source, target))["changed"]
     assert [key for key in pair.a.keys().values() if key["token"] == old_token] == []
     new = pair.a.login(f"{NEW}|{target}")
@@ -352,7 +356,7 @@ def test_rocs_killed_half_way_with_a_second_client_holding_old_key_files(pair: S
     nshield.world.copy_world(pair.a, b)
     assert len([key for key in b.keys().values() if key["token"] == old_token]) == 2
     told = pair.run("nshield_key_protection", b, keys=names, protection="softcard", token=target)
-    assert [copy["token"] for key in told["keys"] for copy in key["copies"]] == [old_token, old_token]
+    assert [copy["token"] for key in told["nshield_keys"] for copy in key["copies"]] == [old_token, old_token]
     tidied = pair.run("nshield_key_protection", b, keys=names, **transfer_options(source, target))
     assert [step["action"] for step in tidied["plan"]] == ["back_up_world", "retire_key_file", "retire_key_file"]
     assert [key for key in b.keys().values() if key["token"] == old_token] == []
@@ -388,7 +392,7 @@ def test_between_card_sets_a_card_of_the_new_set_is_in_a_slot() -> None:
         wish = {**transfer_options("ocs1", "ocs2"), "protection": "ocs", "passphrase": PASSPHRASE}
         assert site.run("nshield_key_protection", **wish)["error_code"] == "nshield_authorisation_missing"
         site.hsm.insert(f"{sets[1]}:2", slot=1)
-        assert site.run("nshield_key_protection", **wish)["keys"][0]["token_name"] == "ocs2"
+        assert site.run("nshield_key_protection", **wish)["nshield_keys"][0]["token_name"] == "ocs2"
 
 
 def test_a_world_without_recovery_transfers_nothing() -> None:
@@ -488,14 +492,46 @@ def test_a_module_that_is_killed_while_rocs_asks_is_run_again(pair: Site) -> Non
     module.wait()
     pair.hsm.fault("hang", None)
     assert pair.a.login(f"{PASSPHRASE}|from3").find(MASTER + "71")
-    assert pair.run("nshield_key_protection", **wish)["keys"][0]["token_name"] == "to3"
+    assert pair.run("nshield_key_protection", **wish)["nshield_keys"][0]["token_name"] == "to3"
 
 
 def test_a_folder_beside_the_common_store_is_an_error(shared: Site, tmp_path: Path) -> None:
     way = {"kind": "common_store", "store": str(tmp_path)}
     assert shared.run("nshield_client", distribution=way)["error_code"] == "nshield_store_not_common"
+    # The worlds of these tests are in memory, which stands for the store here.
+    assert not shared.run("nshield_client", distribution={**way, "store": "/dev/shm"}).get("failed")
     # /proc is mounted, and the folder is not below it.
     assert shared.run("nshield_client", distribution={**way, "store": "/proc"})["error_code"] == "nshield_store_not_common"
+
+
+# What the stand-in itself is relied on for
+
+
+def test_tokens_are_softhsm_s_and_their_pins_the_passphrases(shared: Site) -> None:
+    where = {
+        "library": support.softhsm_library(),
+        "library_environment": {"SOFTHSM2_CONF": str(shared.hsm.path / "softhsm2.conf")},
+        "state_directory": str(shared.a.home.with_suffix(".state")),
+    }
+    labels = [token["label"] for token in support.run_module("pkcs11_token_info", where)["tokens"]]
+    assert sorted(label for label in labels if label) == ["cards", "loadshared accelerator", "one"]
+    found = support.run_module("pkcs11_key_info", {**where, "token_label": "one", "pin": PASSPHRASE})
+    assert [key["label"] for key in found["pkcs11_keys"]] == [MASTER + "01"]
+    wrong = support.run_module("pkcs11_key_info", {**where, "token_label": "one", "pin": NEW})
+    assert wrong["error_code"] == "pin_refused"
+
+
+def test_a_session_sees_keys_that_others_made_when_it_connects_anew_or_scans() -> None:
+    with nshield.site() as site:
+        site.a.create_softcard("tde", PASSPHRASE)
+        caching, maker = site.a.login(f"{PASSPHRASE}|tde"), site.a.login(f"{PASSPHRASE}|tde")
+        site.run("nshield_client", variables=[{"name": "CKNFAST_ASSUME_SINGLE_PROCESS", "setting": "0"}])
+        scanning = site.a.login(f"{PASSPHRASE}|tde")
+        maker.create_key(MASTER + "81")
+        assert maker.find(MASTER + "81")
+        assert caching.find(MASTER + "81") is None
+        assert scanning.find(MASTER + "81")
+        assert site.a.login(f"{PASSPHRASE}|tde").find(MASTER + "81")
 
 
 # Secrets

@@ -133,7 +133,7 @@ def verify(tools: Nshield, estate: Estate, keys: t.Sequence[Placed], expected: E
     """
     slipped = [key for key in keys if key.right is None and key.first.detail.protection == "module"]
     elsewhere = [key for key in keys if key.right is None and key not in slipped]
-    details = {"keys": [key.public(estate) for key in (*slipped, *elsewhere)]}
+    details = {"nshield_keys": [key.public(estate) for key in (*slipped, *elsewhere)]}
     if slipped:
         names = ", ".join(key.first.key.name for key in slipped)
         raise TdeError(
