@@ -10,7 +10,8 @@ module: pkcs11_key
 short_description: Generate, import, suspend and destroy keys in a PKCS#11 token
 version_added: 0.1.0
 description:
-  - Brings a list of keys in one token to the wished state, in one login.
+  - Brings a list of keys in one token to the wished state, in one login. Where a key in SoftHSM or openCryptoki is changed, or one
+    in openCryptoki destroyed, it takes three, since that is done by a process of its own, which a kill of the task does not reach.
   - Every step for every key is planned before the first is taken. An error in the last item changes nothing of the first.
   - A key that the target remembers and that the token does not list is an error, since an unmounted folder of tokens looks
     exactly like an empty token. Nothing is generated in its place without O(keys[].replace_lost).

@@ -268,6 +268,22 @@ def killed_before(work: Task, call: str, number: int) -> bool:
     return _traced(work, "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}") is None
 
 
+def killed_at_write(work: Task, path: Path) -> bool:
+    """Kill whichever process of a task first writes to a file, before it does; :returns: False if the task ended well.
+
+    A child that is killed for the task is an error of the task's (``token_act_lost``).
+    """
+    try:
+        return (
+            _traced(work, "-f", "-o", "/dev/null", "-P", str(path), "-e", "trace=write", "-e", "inject=write:signal=KILL:when=1")
+            is None
+        )
+    except TdeError as exc:
+        if exc.code != "token_act_lost":
+            raise
+        return True
+
+
 def calls(work: Task, call: str, log: Path) -> list[str]:
     """Run a task to its end; :returns: its calls, as strace writes them, with the paths of files.
 

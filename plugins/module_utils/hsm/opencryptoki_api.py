@@ -33,7 +33,7 @@ from ..pkcs11.token import flag_words
 
 CONF_DIR = "/etc/opencryptoki"
 CONF = f"{CONF_DIR}/opencryptoki.conf"
-STORE = "/var/lib/opencryptoki"
+STORE = base.STORE
 #: The daemon (Debian, Red Hat, SUSE).
 PROGRAM = "/usr/sbin/pkcsslotd"
 #: The library, by the packages of Debian (a folder an architecture), Red Hat and SUSE.

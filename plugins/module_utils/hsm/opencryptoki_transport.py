@@ -26,6 +26,7 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.files import make_private_directory, os_error, read_private, write_atomic
 from ..common.state import StateDirectory
+from ..pkcs11.copies import SUFFIXES
 from . import opencryptoki_store as store
 
 _FORM = 1
@@ -76,7 +77,7 @@ def content(name: str) -> bytes:
         for file in sorted(names):
             path = os.path.join(place, file)
             info = os.lstat(path)
-            if not stat.S_ISREG(info.st_mode) or file.endswith(_BESIDE):
+            if not stat.S_ISREG(info.st_mode) or file.endswith((_BESIDE, *SUFFIXES)):
                 continue
             size += info.st_size
             if size > _MAX_BYTES:

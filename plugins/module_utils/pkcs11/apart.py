@@ -4,8 +4,9 @@
 
 Software tokens write their files in place: SoftHSM 2.6.1 truncates ``token.object`` and then writes it,
 openCryptoki 3.8.1 does so with ``NVTOK.DAT`` and then with ``MK_USER``. A kill in between leaves a token that nobody can
-open, with every key in it (for SoftHSM see also :mod:`.softhsm`). So C_InitToken, C_InitPIN and C_SetPIN are called by a child in a session of its own: what
-kills the task or the command does not reach it, and it holds the lock of the state directory until it is done.
+open, with every key in it; a key that is changed is lost likewise (see also :mod:`.copies`). So C_InitToken, C_InitPIN, C_SetPIN
+and what rewrites keys are called by a child in a session of its own: what kills the task or the command does not reach it, and
+it holds the lock of the state directory until it is done.
 """
 
 from __future__ import annotations

@@ -13,10 +13,12 @@ from ..common.errors import TdeError
 from ..common.journal import Journal
 from ..common.plan import Plan, Step
 from ..common.state import StateDirectory
-from . import make, unfinished
+from . import copies, make, unfinished
+from .apart import apart
 from .envelope import COMPANION
 from .keys import KeyInfo, check_value, find
 from .keyspec import Found, Wish, check_spec, main_keys, plan_key
+from .library import load
 from .registry import Registry
 from .token import Session, TokenAccess, TokenInfo, open_session
 
@@ -104,20 +106,50 @@ def _apply(
             pairs = zip(wishes, found, plans, strict=True)
             keys = [facts for wish, there, plan in pairs for facts in [_foreseen(wish, there, plan)] if facts]
             return Outcome(whole, keys, before, {_name(facts): facts for facts in keys}, warnings)
-        runner = _Runner(session, registry, journal)
-        finished: list[str] = []
-        for wish, plan in zip(wishes, plans, strict=True):
-            try:
-                runner.run(wish, plan)
-            except TdeError as error:
-                error.after(finished)
-                raise
-            finished += [step.action for step in plan]
-        now = [find(session, wish.spec.label, id=wish.spec.id) for wish in wishes]
-        present = [main_keys(listed, wish.spec)[0] for wish, listed in zip(wishes, now, strict=True) if wish.state == "present"]
-        for info in present:
-            make.remember(session, registry, info)
-        return Outcome(whole, [info.public() for info in present], before, _facts(now), warnings)
+        change = functools.partial(_carry_out, registry=registry, journal=journal, wishes=wishes, plans=plans)
+        done = functools.partial(_outcome, registry=registry, wishes=wishes, plan=whole, before=before, warnings=warnings)
+        path = session.library.path
+        if not any(step.action in copies.rewriting(path) for step in whole):
+            change(session)
+            return done(session)
+
+    def rewrite() -> None:
+        with copies.objects_kept(path), open_session(access, state, rw=True) as own:
+            change(own)
+
+    apart(load(access.library), rewrite, str(session.token))
+    with open_session(access, state, rw=True) as session:
+        return done(session)
+
+
+def _carry_out(
+    session: Session, *, registry: Registry, journal: Journal, wishes: t.Sequence[Wish], plans: t.Sequence[Plan]
+) -> None:
+    runner = _Runner(session, registry, journal)
+    finished: list[str] = []
+    for wish, plan in zip(wishes, plans, strict=True):
+        try:
+            runner.run(wish, plan)
+        except TdeError as error:
+            error.after(finished)
+            raise
+        finished += [step.action for step in plan]
+
+
+def _outcome(
+    session: Session,
+    *,
+    registry: Registry,
+    wishes: t.Sequence[Wish],
+    plan: Plan,
+    before: dict[str, t.Any],
+    warnings: list[str],
+) -> Outcome:
+    now = [find(session, wish.spec.label, id=wish.spec.id) for wish in wishes]
+    present = [main_keys(listed, wish.spec)[0] for wish, listed in zip(wishes, now, strict=True) if wish.state == "present"]
+    for info in present:
+        make.remember(session, registry, info)
+    return Outcome(plan, [info.public() for info in present], before, _facts(now), warnings)
 
 
 def _may_destroy(wish: Wish) -> bool:

@@ -18,7 +18,7 @@ import typing as t
 from ..common.errors import TdeError
 from ..common.files import check_parents
 from ..common.secret import Secret
-from . import opencryptoki, softhsm
+from . import copies, opencryptoki, softhsm
 from .cryptoki import CK_ULONG, CkError, FunctionList
 from .errors import ckr_of
 
@@ -174,6 +174,7 @@ class Library:
         # Some libraries notice a fork themselves and are not initialised in the child.
         with contextlib.suppress(CkError):
             self._call("C_Finalize", (ctypes.c_void_p,), None)
+        copies.mend(self.path)
         self._initialize()
         self.open_slots.clear()
 
@@ -231,8 +232,7 @@ class Library:
         :param session: the handle of an open session; :param user: ``user`` or ``so``.
         :raises CkError: what the token answered.
         """
-        if softhsm.is_softhsm(self.path):
-            softhsm.keep()
+        copies.keep(self.path)
         raw = pin.reveal()
         self._call("C_Login", (CK_ULONG, CK_ULONG, _BYTES, CK_ULONG), session, _USER_TYPES[user], raw, len(raw))
 
@@ -279,8 +279,7 @@ def load(access: LibraryAccess) -> Library:
         if _environment.get(name, value) != value:
             raise _conflict(path)
     os.environ.update(access.environment)
-    if softhsm.is_softhsm(path):
-        softhsm.mend()
+    copies.mend(path)
     _loaded[path] = Library(path, access.environment)
     _environment.update(access.environment)
     return _loaded[path]

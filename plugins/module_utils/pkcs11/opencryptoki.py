@@ -16,6 +16,8 @@ import typing as t
 
 #: openCryptoki's group and daemon (configure.ac, usr/sbin/pkcsslotd).
 GROUP, DAEMON = "pkcs11", "pkcsslotd"
+#: Where the tokens are kept (configure.ac, localstatedir).
+STORE = "/var/lib/opencryptoki"
 #: Where the daemon listens: since 3.21, and before (usr/include/slotmgr.h, PROC_SOCKET_FILE_PATH).
 SOCKETS = ("/run/opencryptoki/pkcsslotd.socket", "/run/pkcsslotd.socket")
 
@@ -23,6 +25,15 @@ SOCKETS = ("/run/opencryptoki/pkcsslotd.socket", "/run/pkcsslotd.socket")
 def is_opencryptoki(path: str) -> bool:
     """Whether a library is openCryptoki's, by the names that its packages give it."""
     return os.path.basename(path).startswith(("libopencryptoki.so", "PKCS11_API.so"))
+
+
+def token_folders() -> list[str]:
+    """The folders of the tokens that keep objects, one a token."""
+    try:
+        found = [entry.path for entry in os.scandir(STORE) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return sorted(path for path in found if os.path.isdir(os.path.join(path, "TOK_OBJ")))
 
 
 def daemons() -> list[int]:
