@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from ..common.errors import TdeError
 from ..common.files import make_private_directory, os_error, remove_leftovers_of, write_atomic
@@ -33,18 +34,39 @@ def mounted(path: str) -> bool:
     return True
 
 
-def mount(path: str) -> None:
+def mount(path: str, user: str) -> None:
     """Make the folder one in memory; what is there is never hidden.
 
-    :raises TdeError: ``mount_point_not_empty``.
+    :param user: the server's user, who must be able to pass to it.
+    :raises TdeError: ``mount_point_not_empty``, ``permission_denied``.
     """
-    make_private_directory(path, 0o755)
+    _make_way(path, user)
     if os.listdir(path):
         raise TdeError(
             "mount_point_not_empty", "has entries", obj=path, next_step="Move them away, or name another key_directory."
         )
     # Options of ramfs: mode alone (same document).
     run_program(["mount", "-t", RAMFS, "-o", "mode=0700,nosuid,nodev,noexec", "hsm-tde", path])
+
+
+def _make_way(path: str, user: str) -> None:
+    """Make the folder and those above it that are missing. The server's user must pass through them, whatever the umask is:
+    at boot it lets nobody."""
+    umask = os.umask(0o022)
+    try:
+        make_private_directory(path, 0o755)
+    finally:
+        os.umask(umask)
+    folder = os.path.dirname(path)
+    while folder != "/":
+        if not os.stat(folder).st_mode & stat.S_IXOTH:
+            raise TdeError(
+                "permission_denied",
+                f"does not let {user} pass",
+                obj=folder,
+                next_step=f"Let others pass through it (chmod o+x {folder}), or name another key_directory.",
+            )
+        folder = os.path.dirname(folder)
 
 
 def unmount(path: str) -> None:

@@ -61,7 +61,7 @@ class Acts:
         return {
             "write_record": self._write_record,
             "write_pin_source": self._write_pin_source,
-            "mount_key_directory": lambda step: memory.mount(self.options.key_directory),
+            "mount_key_directory": lambda step: memory.mount(self.options.key_directory, self.options.os_user),
             "write_key_file": lambda step: self._write_key_file(),
             "give_files": lambda step: self._give_files(),
             "seal_keys": lambda step: self._seal(),
