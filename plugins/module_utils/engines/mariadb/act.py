@@ -5,18 +5,15 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 import typing as t
 
 from ...common.check import established
 from ...common.errors import TdeError
-from ...common.files import make_private_directory, os_error, remove_leftovers_of, write_atomic
+from ...common.files import make_private_directory, remove_leftovers_of, write_atomic
 from ...common.journal import Journal
 from ...common.plan import Handlers, Step
-from ...common.run import run_program
-from ...storage.mounts import mounted_at
-from .. import bootpin
+from .. import bootpin, memory
 from .. import record as records
 from ..base import Request
 from ..keyring import Keyring
@@ -50,7 +47,7 @@ class Acts:
         return {
             "write_record": self._write_record,
             "write_pin_source": self._write_pin_source,
-            "mount_key_directory": lambda step: self._mount(),
+            "mount_key_directory": lambda step: memory.mount(self.options.key_directory, self.options.os_user),
             "write_key_file": lambda step: self._write_key_file(),
             "write_include": self._write_include,
             "close_key_directory": lambda step: self._close(),
@@ -66,38 +63,6 @@ class Acts:
         bootpin.write_pin(step.data["path"], established(bootpin.boot_pin(self.keyring), "the PIN for the boot"))
 
     # --- keys in memory
-
-    def _mount(self) -> None:
-        path = self.options.key_directory
-        self._make_way(path)
-        if os.listdir(path):
-            raise TdeError(
-                "mount_point_not_empty", "has entries", obj=path, next_step="Move them away, or name another key_directory."
-            )
-        # Options of ramfs: mode alone (kernel's Documentation/filesystems/ramfs-rootfs-initramfs.rst); its pages are never swapped out.
-        run_program(["mount", "-t", look.RAMFS, "-o", "mode=0700,nosuid,nodev,noexec", "hsm-tde", path])
-
-    def _make_way(self, path: str) -> None:
-        """Make the folder and those above it that are missing. The server's user must pass through them, whatever the umask is:
-        at boot it lets nobody.
-
-        :raises TdeError: ``permission_denied``.
-        """
-        umask = os.umask(0o022)
-        try:
-            make_private_directory(path, 0o755)
-        finally:
-            os.umask(umask)
-        folder = os.path.dirname(path)
-        while folder != "/":
-            if not os.stat(folder).st_mode & stat.S_IXOTH:
-                raise TdeError(
-                    "permission_denied",
-                    f"does not let {self.options.os_user} pass",
-                    obj=folder,
-                    next_step=f"Let others pass through it (chmod o+x {folder}), or name another key_directory.",
-                )
-            folder = os.path.dirname(folder)
 
     def _write_key_file(self) -> None:
         ring, path = self.keyring, self.options.key_file
@@ -115,26 +80,15 @@ class Acts:
             number: before.since[number] if before and known.get(number) == key.check_value else now
             for number, key in keys.items()
         }
-        group = self.options.account().pw_gid
-        try:
-            # Whoever serves the database reads it and changes nothing.
-            os.chown(self.options.key_directory, 0, group)
-            os.chmod(self.options.key_directory, 0o750)  # noqa: S103 - its files are readable for the group, too
-        except OSError as exc:
-            raise os_error(exc, self.options.key_directory) from None
-        remove_leftovers_of(path)
-        write_atomic(
-            path, keyfile.render({number: key.reveal() for number, key in keys.items()}, since), mode=0o440, uid=0, gid=group
-        )
+        content = keyfile.render({number: key.reveal() for number, key in keys.items()}, since)
+        memory.give(path, content, uid=0, gid=self.options.account().pw_gid, mode=0o440)
         for name in names:
             if known.get(name.number) != keys[name.number].check_value:
                 self._note("give_key", f"key {name.number} of the server", name.key_id, keys[name.number].check_value)
 
     def _close(self) -> None:
         path = self.options.key_directory
-        mount = mounted_at(path)
-        if mount is not None and mount.filesystem == look.RAMFS:
-            run_program(["umount", path])
+        memory.unmount(path)
         self._note("take_keys", f"keys in {path}", "", "")
 
     def _note(self, action: str, obj: str, key_id: str, kcv: str) -> None:

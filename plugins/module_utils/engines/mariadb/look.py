@@ -11,7 +11,7 @@ import typing as t
 
 from ...common.errors import TdeError
 from ...common.files import read_private
-from ...storage.mounts import mounted_at
+from .. import memory
 from ..base import Connection
 from . import conf, keyfile, sql
 from .options import Options
@@ -20,8 +20,6 @@ from .options import Options
 _PROGRAMS = ("mariadbd", "mysqld")
 #: Folders of processes.
 PROC = "/proc"
-#: The file system that is never written to swap space (kernel's Documentation/filesystems/ramfs-rootfs-initramfs.rst).
-RAMFS = "ramfs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +86,8 @@ def key_file(options: Options) -> tuple[bool, keyfile.KeyFile | None]:
 
     :raises TdeError: ``mount_point_taken``, and what reading a private file raises.
     """
-    mount = mounted_at(options.key_directory)
-    if mount is None:
+    if not memory.mounted(options.key_directory):
         return False, None
-    if mount.filesystem != RAMFS:
-        raise TdeError(
-            "mount_point_taken",
-            f"a {mount.filesystem} is mounted there, which may be written to a disk",
-            obj=options.key_directory,
-            next_step="Name another key_directory.",
-        )
     return True, _or_none(lambda: keyfile.parse(read_private(options.key_file, forbidden_mode=0o027)))
 
 
