@@ -39,10 +39,11 @@ class Connection:
 class SlotWish:
     """A keyslot wished for.
 
-    :param protection: ``token``, ``passphrase`` or ``kmip``.
+    :param protection: ``token``, ``passphrase`` or ``kmip``; of engines with keys in an nShield HSM ``module``, ``softcard`` or ``ocs``.
     :param access: the token, for the protection ``token``.
     :param passphrase: for the protection ``passphrase``; None if it was not given.
     :param kmip: the service, for the protection ``kmip``.
+    :param token_name: of the softcard or card set, for ``softcard`` and ``ocs``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class SlotWish:
     access: TokenAccess | None = None
     passphrase: Secret | None = None
     kmip: KmipAccess | None = None
+    token_name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,8 @@ class Engine(abc.ABC):
     refuses: t.ClassVar[t.Mapping[str, str]] = {}
     #: The ciphers that its tablespaces can have.
     algorithms: t.ClassVar[t.Sequence[str]] = ("AES256",)
+    #: The protections that a keyslot of its can have.
+    protections: t.ClassVar[t.Sequence[str]] = ("token", "passphrase", "kmip")
     #: Whether its keystore is opened in the running server, so that the boot opens it after the database, not before.
     opens_after_start: t.ClassVar[bool] = False
     #: Whether its server asks a command for its key, as its own user: then nothing is opened at boot.

@@ -71,7 +71,7 @@ class Wish:
 
     :ivar containers: names of PDBs; None for all.
     :ivar new_credential: the wished credential is another than the one that opened the keystore last.
-    :ivar secret_current: the secret HSM_PASSWORD and the external store hold the wished credential, as far as they are to.
+    :ivar secret_current: the secret HSM_PASSWORD is the wished credential, if auto-login is wished; :ivar external_current: so for the external store.
     :ivar software_made: the software keystore was made.
     """
 
@@ -84,16 +84,18 @@ class Wish:
     round_trip: bool = False
     new_credential: bool = False
     secret_current: bool = True
+    external_current: bool = True
     software_made: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What is done now, why a restart is needed before more can be done, and what comes after it."""
+    """What is done now, why a restart is needed before more can be done, and what comes after it; ``change``: what it is part of."""
 
     now: Plan
     restart: tuple[str, ...] = ()
     later: Plan = dataclasses.field(default_factory=list)
+    change: Change | None = None
 
 
 def configuration(guard: Guard, auto_login: bool) -> str:
@@ -228,7 +230,7 @@ def secret(wish: Wish, facts: Facts) -> Plan:
 
 def external(wish: Wish) -> Plan:
     """The credential in Oracle's external store, from which the statements take it."""
-    if wish.secret_current or not wish.external_store:
+    if wish.external_current or not wish.external_store or not wish.guard.hsm:
         return []
     return [Step("write_external", "external store", "statements take the credential from there")]
 
@@ -276,7 +278,7 @@ def present(facts: Facts, wish: Wish, current: Guard | None, change: Change | No
         arranged = _arrange(facts, wish)
         if arranged:
             return Decision(arranged, (), _told(wish))
-    steps = alter(facts, wish, configuration(wish.guard, wish.auto_login)) or external(wish)
+    steps = external(wish) or alter(facts, wish, configuration(wish.guard, wish.auto_login))
     if not steps:
         steps = opening(facts, wish, hsm=True) if wish.guard.hsm else software(facts, wish)
     return Decision(steps)
@@ -313,7 +315,7 @@ def changing(facts: Facts, wish: Wish, change: Change) -> Decision:
     for number, name in enumerate(LEGS[change.kind]):
         if number > change.leg:
             rest += _outline(wish, change, name)
-    return dataclasses.replace(decision, later=[*decision.later, *rest])
+    return dataclasses.replace(decision, later=[*decision.later, *rest], change=change)
 
 
 def token_step(change: Change) -> Plan:
@@ -432,6 +434,9 @@ def master_keys(facts: Facts, wish: Wish, cluster: str, tag: str | None, keyed: 
         active = facts.active(one.con_id)
         tagged = [key for key in facts.keys if key.con_id == one.con_id and key.tag == wished]
         if active is not None and (tag is None or active.tag == wished):
+            continue
+        if active is None and not facts.asked and one.name in keyed:
+            # Nobody looked into the keystore.
             continue
         if not one.open:
             behind.append(one.name)

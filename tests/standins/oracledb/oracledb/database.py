@@ -629,7 +629,7 @@ class _Session:
 
     _STATEMENTS: t.ClassVar[tuple[tuple[str, t.Callable[..., t.Any]], ...]] = (
         (r"SELECT CONTENT FROM STANDIN\$TABLESPACE WHERE NAME = :1", _read),
-        (r"SELECT (.+?) FROM ([A-Z0-9_$]+)", _select),
+        (r"SELECT (.+?) FROM ([A-Z0-9_$]+)(?: WHERE NAME IN \('wallet_root', 'tde_configuration'\))?", _select),
         (r"ALTER SESSION SET CONTAINER = \"?([A-Z0-9_$]+)\"?", _set_container),
         (r"ALTER SYSTEM SET (WALLET_ROOT|TDE_CONFIGURATION) = '([^']*)' SCOPE = (BOTH|SPFILE) SID = '[^']+'", _alter_system),
         (r"ALTER PLUGGABLE DATABASE ALL OPEN", _open_pdbs),
