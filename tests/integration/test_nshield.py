@@ -412,6 +412,9 @@ def test_variables_are_set_in_place_and_the_environment_wins() -> None:
         wish = [{"name": "CKNFAST_NO_ACCELERATOR_SLOTS", "setting": "1"}, {"name": "CKNFAST_DEBUG", "state": "absent"}]
         sleeper = subprocess.Popen(["/bin/sleep", "60"], env={"CKNFAST_LOADSHARING": "0"})
         try:
+            # The kernel shows an environment a moment after the program has started.
+            while not Path(f"/proc/{sleeper.pid}/environ").read_bytes():
+                time.sleep(0.01)
             result = site.run("nshield_client", variables=wish, processes_of=["root"], diff=True)
         finally:
             sleeper.kill()

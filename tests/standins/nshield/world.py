@@ -222,7 +222,6 @@ class Client:
             state["cards"]["acs"] = {str(n): fingerprint(acs_passphrase) for n in range(1, acs[1] + 1)}
         for module in self.hsm.state()["modules"]:
             write(self.local / f"module_{module['esn']}", {"world": world["id"]})
-        self.hsm.add_token("module", ACCELERATOR, "")
 
     def create_cardset(
         self, name: str, passphrase: str, *, quorum: tuple[int, int] = (1, 2), persistent: bool = False, remote: bool = False
@@ -383,6 +382,8 @@ class Session:
         return base64.b64decode(answer["data"])
 
     def _serial(self) -> str:
+        if self.token is None and "module" not in self.client.hsm.state()["tokens"]:
+            self.client.hsm.add_token("module", ACCELERATOR, "")
         return str(self.client.hsm.state()["tokens"][self.token or "module"])
 
 
