@@ -24,6 +24,7 @@ molecule: setup
 	molecule test --scenario-name mariadb
 	molecule test --scenario-name pg_tde
 	molecule test --scenario-name packaged
+	molecule test --scenario-name fep
 
 test: setup
 	@.ci/test

@@ -81,18 +81,20 @@ def test_what_is_no_service_s_unit_is_refused(name: str) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
-def test_systemd_finds_no_fault(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after_start", [False, True])
+def test_systemd_finds_no_fault(tmp_path: Path, after_start: bool) -> None:
     command = tmp_path / "hsm-tde"
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
     (tmp_path / "hsm-tde@.service").write_text(units.template(str(command), str(tmp_path)))
     instance = tmp_path / "hsm-tde@main.service.d"
     instance.mkdir()
-    (instance / "hsm-tde.conf").write_text(units.instance(["db@1.service"], "/etc/credstore.encrypted/hsm-tde.main.pin") or "")
+    text = units.instance(["db@1.service"], "/etc/credstore.encrypted/hsm-tde.main.pin", after_start)
+    (instance / "hsm-tde.conf").write_text(text or "")
     database = tmp_path / "db@1.service.d"
     database.mkdir()
     (tmp_path / "db@.service").write_text("[Service]\nExecStart=/bin/true\n")
-    (database / "hsm-tde-main.conf").write_text(units.database("main"))
+    (database / "hsm-tde-main.conf").write_text(units.database("main", after_start))
     done = subprocess.run(
         ["systemd-analyze", "--man=no", "--recursive-errors=no", "verify", "hsm-tde@main.service", "db@1.service"],
         env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": "/usr/bin:/bin"},
