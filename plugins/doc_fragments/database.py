@@ -24,6 +24,9 @@ options:
       pg_tde: >-
         PostgreSQL with the extension pg_tde (Percona) or open_pg_tde, which encrypts tables and write-ahead log itself. Its keys lie in a file that
         is in memory only and wrapped by the token, in Vault or at a KMIP server.
+      oracle: >-
+        Oracle with Transparent Data Encryption. Its master keys lie in a software keystore or in an nShield HSM, under module, softcard or card set
+        protection. It needs python-oracledb on the target.
   cluster:
     description:
       - Name of the cluster in the wrapped-key store, in the token's key labels and in the journal.
@@ -343,6 +346,86 @@ options:
       vault_namespace:
         description: Namespace of Vault.
         type: str
+  oracle:
+    description:
+      - Options of the engine V(oracle). What a task leaves out is taken from the cluster's record on the target, once there is one.
+      - It needs python-oracledb 2 or newer in the Python that runs the modules. The role P(hsm.tde.prerequisites#role) does not install it, since there
+        are wheels for x86_64 and aarch64 only.
+      - The only keyslot is V(primary). Its protection is V(passphrase) for the software keystore, or V(module), V(softcard) or V(ocs), the last two with the
+        name of the softcard or card set in C(token_label). O(passphrase) is that of the present credential, the keyslot's own that of the wished one.
+      - A credential is judged by all rules of Oracle and nShield, and tried on the HSM, before a statement is sent with it, because one that is mistyped
+        falls to module protection without a word. After each master key its real protection is looked at (C(nfkminfo), C(rocs)).
+      - With M(hsm.tde.tde_keystore), V(present) and V(open) lead to the same end. Whatever a restart is needed for is told by RV(restart_required), and
+        the same task, run again after the restart, goes on. PDBs that are closed are left behind, and told.
+      - "Changes of the keyslot follow the order of Entrust's guide. Another passphrase: PDBs open, close, the HSM's own tool (C(ppmk), C(cardpp)), restart, PDBs
+        open, open, auto-login's secret. Another token takes its keys along with O(oracle.transfer_keys). Any other change of token or method is refused while
+        anything is encrypted, unless O(oracle.safe_way_round)."
+      - A tablespace is named C(PDB.NAME). One that exists is encrypted online where it is; an encryption that was broken off is finished. Nothing moves.
+      - Only stand-ins of Oracle and nShield were run with it.
+    type: dict
+    suboptions:
+      service:
+        description: Service name of the root container, or without O(login_host) a whole connect string. O(login_db) if it was never given.
+        type: str
+      privilege:
+        description: The administrative privilege of the session; V(sysdba) if it was never given. With V(syskm), parameters and PDBs must be as wished already.
+        type: str
+        choices: [sysdba, syskm, none]
+      thick:
+        description: Use Oracle's client libraries, which O(login_user) by the operating system (no user and no password) needs.
+        type: bool
+      client_directory:
+        description: Folder of these libraries.
+        type: path
+      wallet_root:
+        description: C(WALLET_ROOT), an absolute path. Required the first time. It is read when the database starts.
+        type: path
+      containers:
+        description: PDBs that are meant; the root's keystore opens in any case, before theirs. All of them if it was never given.
+        type: list
+        elements: str
+      auto_login:
+        description:
+          - The HSM keystore opens by itself after a start, by the secret C(HSM_PASSWORD) in an auto-login keystore, never a local one.
+          - Each change of the credential updates it. While the credential changes, C(TDE_CONFIGURATION) is V(HSM) alone.
+          - It needs O(oracle.software_passphrase).
+        type: bool
+      software_passphrase:
+        description: Passphrase of the software keystore, where that is not the one that the keyslots name.
+        type: str
+      external_store:
+        description: Statements say C(IDENTIFIED BY EXTERNAL STORE), so that the credential stands in one statement only, which writes it there (C(WALLET_ROOT/tde_seps)).
+        type: bool
+      sid:
+        description: For which instances parameters are set; V(*) if it was never given.
+        type: str
+      separator:
+        description: What stands between passphrase and name; V(|) if it was never given.
+        type: str
+        choices: ['|', ':']
+      call_timeout:
+        description: Seconds for one statement and one of nShield's commands, 120 if it was never given; encrypting a tablespace has a week.
+        type: float
+      nfast_home:
+        description: Where nShield's software is; C(/opt/nfast) if it was never given.
+        type: path
+      kmdata:
+        description: C(NFAST_KMDATA); C(kmdata) in O(oracle.nfast_home) if it was never given.
+        type: path
+      transfer_keys:
+        description: For this run, another softcard, or another card set, gets the keys of the present one (C(rocs)), after a backup of the Security World.
+        type: bool
+        default: false
+      safe_way_round:
+        description: For this run, where no key can be transferred, go from the HSM to the software keystore, and under the new credential back into the HSM.
+        type: bool
+        default: false
+      acs_passphrase:
+        description: Passphrase of the administrator cards in the HSM's slots, where a transfer or a world of FIPS 140 level 3 asks for it.
+        type: str
+      backup_directory:
+        description: Where the Security World is backed up before a transfer; C(nshield-backups) in the state directory if it was never given.
+        type: path
 requirements:
   - psycopg 3.1 or newer, for MariaDB PyMySQL 1.1 or newer, and cryptography on the target; the role P(hsm.tde.prerequisites#role) installs them
 extends_documentation_fragment:
@@ -371,6 +454,9 @@ options:
           token: A master key that never leaves a PKCS#11 token.
           passphrase: A key derived from a passphrase.
           kmip: A master key at a KMIP server, which encrypts and decrypts itself where it speaks KMIP 1.4; else the key is got for each use.
+          module: The module of an nShield HSM alone, with the engine V(oracle).
+          softcard: The softcard O(keyslots[].token_label) of an nShield HSM, with the engine V(oracle).
+          ocs: The operator card set O(keyslots[].token_label) of an nShield HSM, with the engine V(oracle).
         default: token
       passphrase:
         description: The passphrase, in quotes, at least 12 characters. Without it, the passphrase that the task itself gives.

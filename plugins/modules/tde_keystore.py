@@ -191,6 +191,40 @@ EXAMPLES = r"""
       - name: primary
         pin: "{{ vault_new_pin }}"
 
+- name: Oracle with its master keys under a softcard, opened by itself after each start
+  hsm.tde.tde_keystore:
+    engine: oracle
+    cluster: main
+    login_host: db1.example.com
+    login_user: sys
+    login_password: "{{ vault_sys_password }}"
+    passphrase: "{{ vault_softcard_passphrase }}"
+    oracle:
+      service: CDB1
+      wallet_root: /etc/oracle/wallet
+      auto_login: true
+      software_passphrase: "{{ vault_wallet_passphrase }}"
+    keyslots:
+      - name: primary
+        protection: softcard
+        token_label: tde
+
+- name: The softcard's passphrase changed; run again after the restart that this asks for
+  hsm.tde.tde_keystore:
+    engine: oracle
+    cluster: main
+    login_host: db1.example.com
+    login_user: sys
+    login_password: "{{ vault_sys_password }}"
+    passphrase: "{{ vault_softcard_passphrase }}"
+    oracle:
+      software_passphrase: "{{ vault_wallet_passphrase }}"
+    keyslots:
+      - name: primary
+        protection: softcard
+        token_label: tde
+        passphrase: "{{ vault_new_softcard_passphrase }}"
+
 - name: Open it after a boot
   hsm.tde.tde_keystore:
     engine: postgresql
@@ -260,6 +294,12 @@ start_required:
   returned: with O(state=present)
   type: bool
   sample: true
+backups_need:
+  description: What of former credentials backups still need, in plain sentences.
+  returned: with O(engine=oracle)
+  type: list
+  elements: str
+  sample: []
 restart_required:
   description: Whether the running server must be restarted before it works as wished. Then this is run again.
   returned: with engines whose server reads its keystore's settings when it starts

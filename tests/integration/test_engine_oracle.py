@@ -232,3 +232,49 @@ def test_an_errors_text_is_the_number_alone(site: Site) -> None:
         site.keystore(SOFT)
     assert caught.value.code == "server_down"
     assert "Sys-Password-1" not in str(caught.value)
+
+
+FILE: Slot = ("passphrase", None, None)
+
+
+def test_the_modules_answer_as_documented_with_a_software_keystore(site: Site) -> None:
+    site.database.add_tablespace("PDB1", "USERS", "content")
+    common: dict[str, t.Any] = {
+        "engine": "oracle",
+        "cluster": "main",
+        "login_host": "db",
+        "login_user": "sys",
+        "login_password": "Sys-Password-1",
+        "passphrase": SOFTWARE,
+        "state_directory": site.state.path,
+        "oracle": {"service": "CDB1", "wallet_root": "/opt/oracle/wallet"},
+    }
+    slots = [{"name": "primary", "protection": "passphrase"}]
+
+    def run(name: str, *, check: bool = False, **more: t.Any) -> dict[str, t.Any]:
+        result = support.run_module(f"tde_{name}", {**common, **more}, check=check, diff=name != "info")
+        assert not result.get("failed"), result
+        assert SOFTWARE not in json.dumps(result)
+        return result
+
+    planned = run("keystore", check=True, keyslots=slots)
+    assert planned["changed"]
+    assert [step["action"] for step in planned["plan"]][-2:] == ["restart_database", "open_keystore"]
+    assert run("keystore", keyslots=slots)["restart_required"]
+    site.database.bounce()
+    site.open_pdbs()
+    assert [step["action"] for step in run("keystore", state="open")["plan"]] == ["create_keystore", "open_keystore"]
+    assert run("master_key")["master_key"] == "hsm-tde.main"
+    assert run("tablespace", tablespaces=[{"name": "PDB1.USERS"}, {"name": "PDB1.MORE"}])["moved"][0]["object"] == "USERS"
+    for name, more in (
+        ("keystore", {"keyslots": slots}),
+        ("keystore", {"state": "open"}),
+        ("master_key", {}),
+        ("tablespace", {"tablespaces": [{"name": "PDB1.USERS"}]}),
+    ):
+        assert not run(name, **more)["changed"]  # type: ignore[arg-type]
+    told = run("info")
+    assert told["encrypted"]
+    assert any("in a file" in gap for gap in told["gaps"])
+    refused = support.run_module("tde_keystore", {**common, "keyslots": [{"protection": "token"}]})
+    assert refused["error_code"] == "engine_unsupported"

@@ -14,7 +14,11 @@ if t.TYPE_CHECKING:
     from .base import Engine
 
 #: The engines by the name under which users choose them; the doc fragment has a sentence on each.
-ENGINES = ("postgresql", "keycommand", "fep", "mariadb", "pg_tde")
+ENGINES = ("postgresql", "keycommand", "fep", "mariadb", "pg_tde", "oracle")
+
+
+#: What a keyslot can be under; each engine says which of them (``Engine.protections``).
+PROTECTIONS = ("token", "passphrase", "kmip", "module", "softcard", "ocs")
 
 
 def load(name: str) -> type[Engine]:
@@ -42,6 +46,10 @@ def load(name: str) -> type[Engine]:
         from .pg_tde.engine import PgTde
 
         return PgTde
+    if name == "oracle":
+        from .oracle.engine import Oracle
+
+        return Oracle
     raise TdeError("invalid_option", "is not an engine that this version knows", obj=f"engine {name!r}")
 
 
@@ -129,6 +137,30 @@ def pg_tde_options() -> dict[str, t.Any]:
     }
 
 
+def oracle_options() -> dict[str, t.Any]:
+    """The dictionary of the engine oracle."""
+    return {
+        "service": {"type": "str"},
+        "privilege": {"type": "str", "choices": ["sysdba", "syskm", "none"]},
+        "thick": {"type": "bool"},
+        "client_directory": {"type": "path"},
+        "wallet_root": {"type": "path"},
+        "containers": {"type": "list", "elements": "str"},
+        "auto_login": {"type": "bool"},
+        "software_passphrase": {"type": "str", "no_log": True},
+        "external_store": {"type": "bool"},
+        "sid": {"type": "str"},
+        "separator": {"type": "str", "choices": ["|", ":"]},
+        "call_timeout": {"type": "float"},
+        "nfast_home": {"type": "path"},
+        "kmdata": {"type": "path"},
+        "transfer_keys": {"type": "bool", "default": False, "no_log": False},
+        "safe_way_round": {"type": "bool", "default": False},
+        "acs_passphrase": {"type": "str", "no_log": True},
+        "backup_directory": {"type": "path"},
+    }
+
+
 def database_options() -> dict[str, t.Any]:
     """Options of every module of the action group ``hsm.tde.database`` (fragment ``hsm.tde.database``)."""
     return {
@@ -146,6 +178,7 @@ def database_options() -> dict[str, t.Any]:
         "fep": {"type": "dict", "apply_defaults": True, "options": fep_options()},
         "mariadb": {"type": "dict", "apply_defaults": True, "options": mariadb_options()},
         "pg_tde": {"type": "dict", "apply_defaults": True, "options": pg_tde_options()},
+        "oracle": {"type": "dict", "apply_defaults": True, "options": oracle_options()},
         **pkcs11_options(),
         **kmip_options(),
     }
@@ -159,7 +192,7 @@ def keyslots_option() -> dict[str, t.Any]:
         "no_log": False,
         "options": {
             "name": {"type": "str", "default": "primary"},
-            "protection": {"type": "str", "choices": ["token", "passphrase", "kmip"], "default": "token"},
+            "protection": {"type": "str", "choices": list(PROTECTIONS), "default": "token"},
             "passphrase": {"type": "str", "no_log": True},
             "token_label": {"type": "str", "no_log": False},
             "token_serial": {"type": "str", "no_log": False},

@@ -11,11 +11,15 @@ from ..common.secret import secret_from_option
 from ..common.state import StateDirectory, check_name
 from ..kmip.access import KmipAccess, kmip_access, service_of
 from ..pkcs11.options import token_access
+from . import load
 from . import record as records
-from .base import Connection, KeystoreWish, MasterKeyWish, MoveWish, Request, SlotWish, TablespacesWish, TablespaceWish
+from .base import Connection, Engine, KeystoreWish, MasterKeyWish, MoveWish, Request, SlotWish, TablespacesWish, TablespaceWish
 from .keyslots import KMIP, PASSPHRASE
 
 Params = t.Mapping[str, t.Any]
+
+#: Protections of keys in an nShield HSM, which a database reaches by itself.
+NSHIELD = ("module", "softcard", "ocs")
 
 #: What names a token; a keyslot that gives one of them names its token itself.
 _SELECTORS = ("token_label", "token_serial", "slot_id")
@@ -72,6 +76,15 @@ def slots(params: Params) -> tuple[SlotWish, ...] | None:
             raise TdeError("invalid_option", "is listed twice", obj=f"keyslot {name}")
     if not found:
         raise TdeError("invalid_option", "is empty", obj="option keyslots")
+    # A secret of a user's own has no engine.
+    protections = (load(params["engine"]) if "engine" in params else Engine).protections
+    for wish in found:
+        if wish.protection not in protections:
+            raise TdeError(
+                "engine_unsupported",
+                f"can be under {', '.join(protections)} here, not under {wish.protection}",
+                obj=f"keyslot {wish.name}",
+            )
     return tuple(found)
 
 
@@ -82,6 +95,9 @@ def _slot(params: Params, item: Params) -> SlotWish:
         given = item["kmip"] or {}
         service = given.get("service") or params["kmip_service"]
         return SlotWish(item["name"], KMIP, kmip=service_of(given, _service({**params, "kmip_service": service})))
+    if item["protection"] in NSHIELD:
+        given = secret_from_option("passphrase", item["passphrase"]) or secret_from_option("pin", item["pin"])
+        return SlotWish(item["name"], item["protection"], passphrase=given, token_name=item["token_label"])
     merged = {**params, "library": item["library"] or params["library"]}
     pin = item["pin"]
     if any(item[name] is not None for name in _SELECTORS):
