@@ -10,7 +10,9 @@ it is opaque if its body cannot be compressed.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import stat
 import struct
 import typing as t
 import zlib
@@ -23,8 +25,9 @@ _HEADER = 24
 _FLAGS = 0x0007
 #: Bytes of zeros in the middle that no cipher gives.
 _HOLE = 32
-#: What is read of a file at most, in bytes.
+#: What is read of a file and of a place at most, in bytes.
 FILE_BUDGET = 4 << 20
+PLACE_BUDGET = 256 << 20
 
 PLAIN, OPAQUE, ZERO, UNCLEAR = "plain", "opaque", "zero", "unclear"
 
@@ -34,7 +37,8 @@ class PageFacts:
     """What stands in a place's files.
 
     :ivar files: their number; ``read``: those with content. ``pages``: by kind. ``known``: texts that the server holds there
-        and that were searched, ``found``: those that stand in the files as they are.
+        and that were searched, ``found``: those that stand in the files as they are. ``unread``: files that were left out
+        or read in part, for there is too much of them.
     :ivar control: plain pages that the same reading found in a file in the clear; None: there was none.
     """
 
@@ -44,6 +48,7 @@ class PageFacts:
     pages: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys((PLAIN, OPAQUE, ZERO, UNCLEAR), 0))
     known: int = 0
     found: int = 0
+    unread: int = 0
     control: int | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -75,21 +80,34 @@ def read(paths: t.Sequence[str], known: t.Collection[bytes] = ()) -> PageFacts:
     seen: set[bytes] = set()
     for path in paths:
         facts.files += 1
+        if facts.size >= PLACE_BUDGET:
+            facts.unread += 1
+            continue
         try:
-            with open(path, "rb") as handle:
-                content = handle.read(FILE_BUDGET)
+            content, whole = _content(path)
         except FileNotFoundError:
             continue
         except OSError as exc:
             facts.problems.append(f"{path} could not be read: {os.strerror(exc.errno or 0)}.")
             continue
         facts.read += bool(content)
+        facts.unread += not whole
         facts.size += len(content)
         seen |= {text for text in known if text in content}
         for start in range(0, len(content), PAGE):
             facts.pages[kind_of(content[start : start + PAGE])] += 1
     facts.found = len(seen)
     return facts
+
+
+def _content(path: str) -> tuple[bytes, bool]:
+    """The beginning of a regular file, and whether it is all of it; what the server's user put there instead is not waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as handle:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return handle.read(FILE_BUDGET), info.st_size <= FILE_BUDGET
 
 
 def judge(facts: PageFacts) -> tuple[str, list[str]]:
@@ -137,5 +155,5 @@ def told(place: str, directory: str, facts: PageFacts, notes: t.Sequence[str]) -
         },
         "how": "The files were read as the server wrote them: each page's structure was judged, and values of the tables were searched in them.",
         "reasons": reasons,
-        "notes": list(notes),
+        "notes": [*notes, *([f"Of {facts.unread} of the files no more than the beginning was read."] if facts.unread else [])],
     }

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import random
 import string
 import struct
 import typing as t
+from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
@@ -224,3 +226,13 @@ def test_encrypted_is_said_only_if_nothing_speaks_against_it(
     verdict = pages.judge(facts)[0]
     assert (verdict == "plain") == bool(plain or found)
     assert (verdict == "encrypted") == bool(opaque and not plain and not unclear and not found and control)
+
+
+def test_what_is_no_file_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1")
+    (tmp_path / "2").write_bytes(b"x" * (pages.FILE_BUDGET + 1))
+    (tmp_path / "3").symlink_to("/etc/passwd")
+    facts = pages.read([str(tmp_path / name) for name in ("1", "2", "3", "gone")], known=[b"xxxx"])
+    assert (facts.files, facts.read, facts.unread, facts.found, len(facts.problems)) == (4, 1, 1, 1, 2)
+    notes = pages.told("place", "/place", facts, [])["notes"]
+    assert notes == ["Of 1 of the files no more than the beginning was read."]
