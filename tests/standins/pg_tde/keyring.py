@@ -523,6 +523,12 @@ def main():
             answer["rows"] = Server(request, state).act(request["call"], request.get("arguments", []))
         except Refused as exc:
             answer["error"] = exc.answer
+        except Exception as exc:
+            answer["error"] = {
+                "sqlstate": "XX000",
+                "message": f"a defect of the stand-in: {exc!r} at line {exc.__traceback__.tb_next.tb_lineno}",
+            }
+            state = json.loads(before)
         if json.dumps(state) != before and not request["call"].startswith("create_key"):
             with open(f"{path}.new", "w") as handle:
                 handle.write(json.dumps(state))

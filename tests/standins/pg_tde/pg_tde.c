@@ -31,6 +31,7 @@ ask(const char *request)
 	char	   *encoded = palloc0(length + 1);
 	char		buffer[4096];
 	size_t		got;
+	int			status;
 	StringInfoData answer;
 	FILE	   *pipe;
 
@@ -42,8 +43,9 @@ ask(const char *request)
 		ereport(ERROR, errcode_for_file_access(), errmsg("could not run %s: %m", KEYRING));
 	while ((got = fread(buffer, 1, sizeof(buffer), pipe)) > 0)
 		appendBinaryStringInfo(&answer, buffer, got);
-	if (ClosePipeStream(pipe) != 0 || answer.len == 0)
-		ereport(ERROR, errmsg("%s failed, see the server's log", KEYRING));
+	status = ClosePipeStream(pipe);
+	if (status != 0 || answer.len == 0)
+		ereport(ERROR, errmsg("%s failed with status %d after %d bytes, see the server's log", KEYRING, status, answer.len));
 	return answer.data;
 }
 
