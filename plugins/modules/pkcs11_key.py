@@ -106,7 +106,9 @@ options:
           - It is compared with the value of an existing key by encrypting or signing with both, not by reading it.
         type: str
       private_key:
-        description: Import this private key of type V(rsa) or V(ec), in PEM, and its public half.
+        description:
+          - Import this private key of type V(rsa) or V(ec), in PEM, and its public half.
+          - Where the token has this private key alone, which a kill can leave, the public half is added.
         type: str
       private_key_passphrase:
         description: Passphrase of O(keys[].private_key).

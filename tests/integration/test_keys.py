@@ -17,7 +17,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secre
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import keylist, make
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.kek import create_kek
-from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keys import KeyRef, check_value, find, find_key, list_keys
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keys import KeyRef, check_value, find, find_key, handle_of, list_keys
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keyspec import KeySpec, Wish, id_of
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.registry import Registry
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import Session, open_session
@@ -123,6 +123,11 @@ def test_an_imported_key_is_the_one_that_was_given(token: Installation, state: S
     assert (again.plan, again.warnings) == ([], [])
     for other in (wish("data", value=Secret(b"w" * 32)), wish("mac", "hmac", value=Secret(b"n" * 32)), pair("other rsa")):
         assert refusal(lambda other=other: apply(token, state, other)) == "key_mismatch"
+    act_on(token, state, lambda session: handle_of(session, find_key(session, "pair", cls="public")).destroy())
+    # Half a pair is completed, and only by its own other half.
+    assert refusal(lambda: apply(token, state, pair("other rsa"))) == "key_mismatch"
+    assert [step.action for step in apply(token, state, *wishes).plan] == ["import_public_half"]
+    assert apply(token, state, *wishes).plan == []
     assert act_on(token, state, lambda session: check_value(session, find_key(session, "data"))) == aes_kcv(b"v" * 32)
     assert b"vvvvvvvv" not in b"".join(path.read_bytes() for path in Path(state.path).rglob("*") if path.is_file())
 
@@ -148,7 +153,6 @@ def test_elliptic_curves(softhsm: SoftHsm, state: StateDirectory, pems: dict[str
     assert refusal(lambda: apply(softhsm, state, wish("a", "ec", curve="secp384r1"))) == "key_mismatch"
 
     def signature(session: Session) -> bool:
-        from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keys import handle_of
         from pkcs11 import Mechanism
 
         [private] = find(session, "c", cls="private")

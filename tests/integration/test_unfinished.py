@@ -24,6 +24,8 @@ from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.registry import Reg
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import Session, open_session
 from ansible_collections.hsm.tde.tests.integration import killing
 from ansible_collections.hsm.tde.tests.integration.support import SoftHsm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 T = t.TypeVar("T")
 
@@ -208,6 +210,33 @@ def test_half_a_pair_stays_until_confirmed(host: Host) -> None:
     assert len(host.keys("pair")) == 2
     assert host.apply(wish("pair", "ec", "absent", "pair")) == ["destroy_key"]
     assert host.apply(wish("pair", "ec")) == ["generate_key"]
+
+
+@pytest.mark.parametrize("type_", ["rsa", "ec"])
+def test_an_imported_pair_is_completed(type_: str, host: Host) -> None:
+    def pem() -> Secret:
+        key: t.Any = rsa.generate_private_key(65537, 2048) if type_ == "rsa" else ec.generate_private_key(ec.SECP256R1())
+        none = serialization.NoEncryption()
+        return Secret(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, none))
+
+    private, other = pem(), pem()
+
+    def work(label: str) -> None:
+        keylist.apply(host.hsm.access(), host.state, [wish(label, type_, private_key=private)], uses=lambda token: {})
+
+    for label in ("first", "second"):
+        found = killing.calls(host._task(work, label), "ftruncate", host._log)
+    files = [call.split("<")[1].split(">")[0] for call in found]
+    objects = [file for file in files if file.endswith(".object") and not file.endswith("token.object")]
+    public = next(file for file in objects if file != objects[0])
+    assert killing.killed_before(host._task(work, "pair"), "ftruncate", files.index(public) + 1)
+    assert [info.cls for info in host.keys("pair")] == ["private"]
+    assert host.refusal(wish("pair", type_, private_key=other)) == "key_mismatch"
+    assert host.apply(wish("pair", type_, private_key=private), check=True) == ["import_public_half"]
+    assert host.apply(wish("pair", type_, private_key=private)) == ["import_public_half"]
+    assert host.apply(wish("pair", type_, private_key=private)) == []
+    assert sorted(info.cls for info in host.keys("pair")) == ["private", "public"]
+    assert host.refusal(wish("pair", type_, private_key=other)) == "key_mismatch"
 
 
 def test_each_mark_is_needed_and_each_other_answer_is_raised(host: Host) -> None:

@@ -35,7 +35,7 @@ SUFFIXES = (".copy", ".copy.tmp")
 _OBJECTS_COPY = "objects" + SUFFIXES[0]
 #: Before each object in their copy: bytes of its name, bytes of its content.
 _HEAD = struct.Struct(">HI")
-#: SoftHSM's files begin with a counter of their writes (ObjectFile.cpp), which is no reason to copy one anew.
+#: SoftHSM's files begin with a counter of their writes (ObjectFile.cpp, writeAttributes).
 _COUNTER_BYTES = 8
 #: Larger than any file of a token or key: an RSA key of 8192 bits has some 6 KiB.
 _MAX_BYTES = 1 << 16
@@ -49,6 +49,7 @@ class Store(t.NamedTuple):
     :param folder: the token's; the copies lie in it.
     :param file: name of its own file; :param copy: of the copy.
     :param objects: folder of the objects, from there.
+    :param counter: bytes at its beginning that count its writes, which is no reason to copy it anew.
     :param named: what the objects' files are called.
     :param listing: the list of them in the same folder, if the token has one.
     """
@@ -56,12 +57,13 @@ class Store(t.NamedTuple):
     folder: str
     file: str
     copy: str
+    counter: int
     objects: str
     named: re.Pattern[str]
     listing: str | None
 
 
-#: ObjectFile's of SoftHSM have a UUID for a name (OSToken.cpp).
+#: SoftHSM's have a UUID for a name (OSToken.cpp).
 _SOFTHSM_OBJECT = re.compile(r"(?!token\.)[^/]+\.object")
 #: OpenCryptoki's have eight letters or digits (obj_mgr.c, object_mgr_add; PK_LITE_OBJ_IDX).
 _OPENCRYPTOKI_OBJECT = re.compile(r"[0-9A-Za-z]{8}")
@@ -84,7 +86,7 @@ def keep(path: str) -> None:
     for store in _stores(path):
         with contextlib.suppress(OSError), _opened(store.folder) as fd:
             content, info = _read(fd, store.file)
-            if info is not None and content and content[_COUNTER_BYTES:] != _read(fd, store.copy)[0][_COUNTER_BYTES:]:
+            if info is not None and content and content[store.counter :] != _read(fd, store.copy)[0][store.counter :]:
                 os.close(_write_copy(fd, store.copy, content, info))
 
 
@@ -142,7 +144,7 @@ def mend(path: str) -> list[str]:
     for store in empty:
         with contextlib.suppress(OSError), _opened(store.folder) as fd:
             copy = _read(fd, store.copy)[0]
-            if copy and _fill(fd, store.file, lambda now, copy=copy: None if now else copy):  # type: ignore[misc]
+            if copy and _fill(fd, store.file, copy, lambda now, before: None if now else before):
                 mended.append(store.folder)
     return mended
 
@@ -166,17 +168,23 @@ def _mend_objects(folder: int, store: Store) -> bool:
 
 
 def _settle(folder: int, store: Store, kept: bytes) -> None:
-    """Fill the files that are shorter than they were, and see that all lie on the disk; then the copy goes."""
+    """Fill the files that are shorter than they were, and see that all lie on the disk; then the copy goes.
+
+    :raises OSError: of a file that could not be filled; the copy stays.
+    """
+    failed: OSError | None = None
     with _opened(os.path.join(store.folder, store.objects)) as fd:
-        listing = b""
         for name, content in _unpack(kept):
-            if name == store.listing:
-                listing = content
-            elif store.named.fullmatch(name):
-                # The attributes that we change keep their length.
-                _fill(fd, name, lambda now, old=content: old if len(now) < len(old) else None)  # type: ignore[misc]
-        if store.listing and listing:
-            _fill(fd, store.listing, lambda now: _whole_listing(now, listing, os.listdir(fd)))
+            try:
+                if name == store.listing:
+                    _fill(fd, name, content, lambda now, before: _whole_listing(now, before, os.listdir(fd)))
+                elif store.named.fullmatch(name):
+                    # The attributes that we change keep their length.
+                    _fill(fd, name, content, lambda now, before: before if len(now) < len(before) else None)
+            except OSError as exc:
+                failed = exc
+    if failed:
+        raise failed
     os.unlink(_OBJECTS_COPY, dir_fd=folder)
 
 
@@ -191,10 +199,11 @@ def _whole_listing(now: bytes, before: bytes, files: t.Collection[str]) -> bytes
     return b"".join(listed + lost) if lost else None
 
 
-def _fill(folder: int, name: str, wish: t.Callable[[bytes], bytes | None]) -> bool:
-    """Write a file anew, if it is there and is not as it should be, and see that it lies on the disk.
+def _fill(folder: int, name: str, before: bytes, wish: t.Callable[[bytes, bytes], bytes | None]) -> bool:
+    """Write a file anew, if it is there and is not as it should be; if it is not as it was, see that it lies on the disk.
 
-    :param wish: what it should be, by what it is; None: as it is.
+    :param before: the copy of it.
+    :param wish: what it should be, by what it is and the copy; None: as it is.
     :returns: whether it was written.
     """
     # In place: whoever has the file open goes on with the same one.
@@ -206,23 +215,29 @@ def _fill(folder: int, name: str, wish: t.Callable[[bytes], bytes | None]) -> bo
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
             return False
-        content = wish(handle.read())
+        now = handle.read()
+        content = wish(now, before)
         if content is not None:
             handle.seek(0)
             handle.write(content)
             handle.flush()
             syslog.syslog(syslog.LOG_WARNING, f"hsm-tde: a soft token left {name} cut short; its copy was put back")
-        os.fsync(fd)
+        # SoftHSM and openCryptoki do not. A flush for each of thousands of keys would take long.
+        if content is not None or now != before:
+            os.fsync(fd)
     return content is not None
 
 
 def _stores(path: str) -> list[Store]:
     """The stores of a library's tokens."""
     if softhsm.is_softhsm(path):
-        return [Store(folder, "token.object", "token.copy", ".", _SOFTHSM_OBJECT, None) for folder in softhsm.token_folders()]
+        return [
+            Store(folder, "token.object", "token.copy", _COUNTER_BYTES, ".", _SOFTHSM_OBJECT, None)
+            for folder in softhsm.token_folders()
+        ]
     if opencryptoki.is_opencryptoki(path):
         return [
-            Store(folder, "NVTOK.DAT", "NVTOK.copy", "TOK_OBJ", _OPENCRYPTOKI_OBJECT, "OBJ.IDX")
+            Store(folder, "NVTOK.DAT", "NVTOK.copy", 0, "TOK_OBJ", _OPENCRYPTOKI_OBJECT, "OBJ.IDX")
             for folder in opencryptoki.token_folders()
         ]
     return []

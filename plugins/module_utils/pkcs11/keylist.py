@@ -17,7 +17,7 @@ from . import copies, make, unfinished
 from .apart import apart
 from .envelope import COMPANION
 from .keys import KeyInfo, check_value, find
-from .keyspec import Found, Wish, check_spec, main_keys, plan_key
+from .keyspec import Found, Wish, check_spec, main_keys, plan_key, public_half
 from .library import load
 from .registry import Registry
 from .token import Session, TokenAccess, TokenInfo, open_session
@@ -202,6 +202,8 @@ def _inspect(
 def _warnings(wish: Wish, found: Found, plan: Plan) -> t.Iterator[str]:
     if wish.state == "present" and wish.spec.imported and not plan and found.same_value is None:
         yield f"key {wish.spec.label!r}: the token cannot tell whether its value is the one to import (its usage flags forbid to try)"
+        if wish.spec.pair and public_half(found.whole, main_keys(found.whole, wish.spec)[0]) is None:
+            yield f"key {wish.spec.label!r}: the token has its private half alone"
     flags = {**wish.spec.usage, **next((step.data.get("changes", {}) for step in plan), {})}
     if wish.state == "present" and flags.get("wrap") and flags.get("decrypt"):
         yield f"key {wish.spec.label!r} may wrap and decrypt: whoever may use it reads every key that it can wrap"
@@ -245,6 +247,9 @@ class _Runner:
             made = (make.import_key if spec.imported else make.generate)(self._session, spec)
             make.remember(self._session, self._registry, made)
 
+        def import_public_half(step: Step) -> None:
+            make.import_public_half(self._session, dataclasses.replace(wish.spec, id=bytes.fromhex(step.data["id"])))
+
         def change_key(step: Step) -> None:
             make.change(self._session, wish.spec.label, bytes.fromhex(step.data["id"]), step.data["changes"])
 
@@ -256,6 +261,7 @@ class _Runner:
         acts: planning.Handlers = {
             "generate_key": make_key,
             "import_key": make_key,
+            "import_public_half": import_public_half,
             "change_key": change_key,
             "destroy_key": destroy_key,
             "forget_key": lambda step: self._forget(wish, step),

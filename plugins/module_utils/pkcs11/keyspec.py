@@ -335,6 +335,8 @@ def plan_key(wish: Wish, found: Found) -> Plan:
             next_step="Correct the task, choose another label, or say regenerate: partial_idempotence with confirm_destroy.",
             details={"differences": {name: {"is": now, "wished": to} for name, (now, to) in differences.fixed.items()}},
         )
+    if spec.private_key is not None and found.same_value and public_half(found.keys, same[0]) is None:
+        plan.append(Step("import_public_half", obj, "the token has the private half of the pair alone", {"id": same[0].id.hex()}))
     if differences.changeable:
         changes = {name: to for name, (_now, to) in differences.changeable.items()}
         plan.append(Step("change_key", obj, _words(differences.changeable), {"id": same[0].id.hex(), "changes": changes}))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import typing as t
 
@@ -91,6 +92,15 @@ def import_key(session: Session, spec: KeySpec) -> KeyInfo:
     return _guard(session, made, spec)
 
 
+def import_public_half(session: Session, spec: KeySpec) -> None:
+    """Bring in the public half of a pair whose private half is there; :func:`same_value` has said that it is the one.
+
+    :raises TdeError: ``key_value_invalid``; what the token answered.
+    """
+    with translated(f"key {spec.label!r}"):
+        session.raw.create_object(_pair_templates(spec)[1])
+
+
 def change(session: Session, label: str, id_: bytes, changes: t.Mapping[str, bool]) -> None:
     """Set boolean attributes of a key, on each half of a pair that has them, and read them back.
 
@@ -161,9 +171,29 @@ def _same_public(session: Session, info: KeyInfo, spec: KeySpec) -> bool | None:
         return None if not info.modulus else info.modulus.lstrip(b"\0") == public[Attribute.MODULUS]
     halves = find(session, info.label, id=info.id, cls="public")
     if len(halves) != 1:
-        return None
+        return None if halves or not info.flags.get("sign") else _signs_for(session, info, spec)
     with translated(str(info.ref)):
         return bool(handle_of(session, halves[0])[Attribute.EC_POINT] == public[Attribute.EC_POINT])
+
+
+def _signs_for(session: Session, info: KeyInfo, spec: KeySpec) -> bool:
+    """Whether what a private key on a curve signs is signed by the PEM's key: the token does not show its point."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+
+    from pkcs11 import Mechanism
+
+    digest = hashlib.sha256(_COMPARED).digest()
+    with translated(str(info.ref)):
+        signed = handle_of(session, info).sign(digest, mechanism=Mechanism.ECDSA)
+    half = len(signed) // 2
+    der = utils.encode_dss_signature(int.from_bytes(signed[:half], "big"), int.from_bytes(signed[half:], "big"))
+    try:
+        _private_key(spec).public_key().verify(der, digest, ec.ECDSA(utils.Prehashed(hashes.SHA256())))
+        return True
+    except InvalidSignature:
+        return False
 
 
 def _usage(spec: KeySpec, cls: str) -> dict[t.Any, bool]:
@@ -198,6 +228,24 @@ def _secret_template(spec: KeySpec) -> dict[t.Any, t.Any]:
     }
 
 
+def _private_key(spec: KeySpec) -> t.Any:
+    """The key of a PEM.
+
+    :raises TdeError: ``key_value_invalid``.
+    """
+    from cryptography.hazmat.primitives import serialization
+
+    obj = f"private_key of key {spec.label!r}"
+    passphrase = spec.passphrase.reveal() if spec.passphrase else None
+    try:
+        return serialization.load_pem_private_key(t.cast("Secret", spec.private_key).reveal(), passphrase)
+    except Exception as exc:
+        # The text of a parser's exception may quote its input.
+        raise TdeError(
+            "key_value_invalid", f"cannot be read as PEM ({type(exc).__name__})", obj=obj, next_step="Is the passphrase right?"
+        ) from None
+
+
 def _pair_templates(spec: KeySpec) -> list[dict[t.Any, t.Any]]:
     """Templates of the private and the public key of a PEM."""
     from cryptography.hazmat.primitives import serialization
@@ -206,14 +254,7 @@ def _pair_templates(spec: KeySpec) -> list[dict[t.Any, t.Any]]:
     from pkcs11 import Attribute, KeyType, ObjectClass
 
     obj = f"private_key of key {spec.label!r}"
-    passphrase = spec.passphrase.reveal() if spec.passphrase else None
-    try:
-        key = serialization.load_pem_private_key(t.cast("Secret", spec.private_key).reveal(), passphrase)
-    except Exception as exc:
-        # The text of a parser's exception may quote its input.
-        raise TdeError(
-            "key_value_invalid", f"cannot be read as PEM ({type(exc).__name__})", obj=obj, next_step="Is the passphrase right?"
-        ) from None
+    key = _private_key(spec)
     private = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, **_base(spec), **_usage(spec, "private"), **_guarded(spec)}
     public = {Attribute.CLASS: ObjectClass.PUBLIC_KEY, **_base(spec), **_usage(spec, "public")}
     if isinstance(key, rsa.RSAPrivateKey) and spec.type == "rsa":

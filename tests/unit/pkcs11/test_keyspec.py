@@ -300,3 +300,13 @@ def test_no_plan_destroys_unasked_unconfirmed_or_needed(
     # Never a second key beside one: what is made replaces what is destroyed, or there was nothing.
     assert len(made) <= 1
     assert not made or destroyed or not keys
+
+
+def test_half_an_imported_pair_is_completed_where_it_is_the_one_to_import() -> None:
+    private, public = key(cls="private", type="ec", size=None), key(cls="public", type="ec", size=None)
+    wished = wish(type="ec", private_key=Secret("pem"))
+    assert actions(wished, Found([private], same_value=True)) == ["import_public_half"]
+    assert actions(wished, Found([private, public], same_value=True)) == []
+    assert actions(wished, Found([private])) == []
+    assert refused(wished, Found([private], same_value=False)) == "key_mismatch"
+    assert actions(wish(type="ec"), Found([private])) == []
