@@ -70,7 +70,12 @@ class Estate:
         kind = "softcard" if protection == "softcard" else "card set"
         found = [token for token in among if token.hash == named] or [token for token in among if token.name == named]
         if not found:
-            raise TdeError("token_absent", "this client's Security World has none of that name or hash", obj=f"{kind} {named}")
+            raise TdeError(
+                "token_absent",
+                "this client's Security World has none of that name or hash",
+                obj=f"{kind} {named}",
+                next_step="Correct the name; nshield_info lists what there is. If another client made it, bring this one up to date.",
+            )
         if len(found) > 1:
             hashes = ", ".join(token.hash for token in found)
             raise TdeError(

@@ -177,7 +177,12 @@ def check_credential(tools: Nshield, protection: str, named: str | None, passphr
         return None
     token = estate.find_token(protection, named)
     if sum(other.name == token.name for other in estate.tokens) > 1:
-        raise TdeError("token_ambiguous", "another softcard or card set has this name", obj=token.name)
+        raise TdeError(
+            "token_ambiguous",
+            "another softcard or card set has this name, and a credential knows no hash",
+            obj=token.name,
+            next_step="Make a softcard or card set of another name, and transfer the keys to it.",
+        )
     if protection == "softcard":
         right = check_softcard(tools, token.hash, passphrase)
     else:

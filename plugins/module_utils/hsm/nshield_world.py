@@ -98,7 +98,7 @@ def put_aside(local: str, name: str, backup: str) -> None:
     path = os.path.join(local, name)
     with trusted_directory(backup):
         if _read(path) is None or _read(path) != _read(os.path.join(backup, name)):
-            raise TdeError("unfinished", "is not in the backup as it is now", obj=path)
+            raise TdeError("unfinished", "is not in the backup as it is now", obj=path, next_step="Run the task again.")
     try:
         os.unlink(path)
         folder = os.open(local, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
