@@ -10,7 +10,7 @@ import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.command import keystores
 from ansible_collections.hsm.tde.plugins.module_utils.common.plan import Step
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
-from ansible_collections.hsm.tde.plugins.module_utils.engines.postgresql.plan import before_removals
+from ansible_collections.hsm.tde.plugins.module_utils.engines.bootpin import before_removals
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import KeyStore
 
 OLD, NEW, OTHER = ("primary", "old"), ("primary", "new"), ("recovery", "other")

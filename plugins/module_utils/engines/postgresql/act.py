@@ -11,13 +11,12 @@ import shutil
 
 from ...common.check import established
 from ...common.errors import TdeError
-from ...common.files import check_parents, lock, make_private_directory, os_error, trusted_directory, write_atomic
+from ...common.files import check_parents, lock, os_error, trusted_directory
 from ...common.journal import Journal
 from ...common.plan import Handlers, Step
 from ...common.run import run_program
-from ...common.secret import Secret
-from ...pkcs11.resting import remove_leftovers
 from ...storage import fscrypt
+from .. import bootpin
 from .. import record as records
 from ..base import Request
 from ..keyring import Keyring
@@ -51,7 +50,6 @@ class Acts:
         self.journal = Journal(request.state.journal)
         self.access: sql.Access | None = None
         self.mover: Mover | None = None
-        self.pin: Secret | None = None
 
     def handlers(self) -> Handlers:
         """One act a step."""
@@ -91,10 +89,7 @@ class Acts:
         self.save(records.parse(step.data["record"], self.request.state.cluster_record(self.request.cluster)))
 
     def _write_pin_source(self, step: Step) -> None:
-        pin = established(self.pin, "the PIN for the boot")
-        make_private_directory(os.path.dirname(step.data["path"]))
-        remove_leftovers(step.data["path"])
-        write_atomic(step.data["path"], pin.reveal() + b"\n")
+        bootpin.write_pin(step.data["path"], established(bootpin.boot_pin(self.keyring), "the PIN for the boot"))
 
     # --- kernel keys
 

@@ -11,10 +11,8 @@ from ...common import plan as plans
 from ...common.check import established
 from ...common.errors import TdeError
 from ...common.plan import Plan, Step
-from ...common.secret import Secret
-from ...pkcs11.resting import leftovers, resting_pins
 from ...storage import image, image_acts
-from .. import keyslots
+from .. import bootpin, keyslots
 from .. import record as records
 from ..base import KeystoreWish, Outcome
 from ..keyring import Keyring, default_wish
@@ -82,7 +80,7 @@ class Keystore:
                         place, ring.key(plan.CLUSTER_KEY), wanted, owner=user.pw_uid, no_recovery=wish.no_recovery
                     )
                     later += self._fill(place)
-            later = plan.before_removals(later, self._pin_steps(ring))
+            later = bootpin.before_removals(later, bootpin.pin_steps(ring, self._pin_source()))
             steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
             return steps, public.facts(ring.keys, ring.keks, places, self.engine.record, storage)
 
@@ -90,7 +88,6 @@ class Keystore:
             storage = image_acts.handlers(self._storage(sized=True).wish)
             ring.ready(steps)
             acts.record = self.engine.record or acts.record
-            acts.pin = self._boot_pin(ring)
             # What the storage hides is looked at before the next step.
             first = [step for step in steps if step.action in storage] or steps
             plans.run(first, {**storage, **ring.handlers(), **acts.handlers()})
@@ -162,26 +159,11 @@ class Keystore:
         path = self.engine.request.state.cluster_record(self.engine.request.cluster)
         return [Step("write_record", path, "what the next boot needs to know", {"record": after.public()})]
 
-    def _boot_pin(self, ring: Keyring) -> Secret | None:
-        """The PIN that opens the keystore at boot: that of the keyslot ``primary``, else the task's."""
-        primary = next((wish.access for wish in ring.wishes if wish.name == "primary"), None)
-        access = primary or self.engine.request.access
-        return access.pin if access else None
-
-    def _pin_steps(self, ring: Keyring) -> Plan:
-        """The file with the PIN is written once the PIN was proved; a token of another PIN gets the file rewritten."""
-        recorded = self.engine.record.pin_source if self.engine.record else {}
-        source = self.wish.pin_source if self.wish.pin_source is not None else recorded
-        if source.get("kind") != "file":
-            return []
-        path, pin, there = source["path"], self._boot_pin(ring), _at_rest(source["path"])
-        if pin is None and not there:
-            raise TdeError(
-                "credential_missing", "there is no such file, and no PIN was given to write it", obj=f"pin_source {path}"
-            )
-        if pin is None or (pin in there and not leftovers(path)):
-            return []
-        return [Step("write_pin_source", path, "so that the keystore opens at boot", {"path": path})]
+    def _pin_source(self) -> t.Mapping[str, t.Any]:
+        """Where the PIN for the boot comes from: the task's wish, else as it is recorded."""
+        if self.wish.pin_source is not None:
+            return self.wish.pin_source
+        return self.engine.record.pin_source if self.engine.record else {}
 
     def _keystore_facts(self, ring: Keyring) -> Facts:
         ring.look()
@@ -270,12 +252,3 @@ class Keystore:
         outcome = self.engine.rounds(decide, run, check=self.check)
         outcome.facts["cluster"] = self.engine.request.cluster
         return outcome
-
-
-def _at_rest(path: str) -> list[Secret]:
-    try:
-        return resting_pins(path)
-    except TdeError as exc:
-        if exc.code != "file_absent":
-            raise
-        return []

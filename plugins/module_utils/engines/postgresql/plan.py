@@ -245,16 +245,6 @@ def close_places(places: t.Sequence[PlaceFacts], *, running: str, users: t.Seque
     return plan
 
 
-def before_removals(plan: Plan, steps: Plan) -> Plan:
-    """Put steps before the first keyslot that goes, or at the end.
-
-    So the file with the PIN changes while every data key is under both tokens: wherever the run is stopped but between it
-    and the first removal, the next boot finds all of them under the token whose PIN lies there.
-    """
-    number = next((number for number, step in enumerate(plan) if step.action == "remove_keyslot"), len(plan))
-    return [*plan[:number], *steps, *plan[number:]]
-
-
 def fill_cluster(place: PlaceFacts, *, create: bool, how: str) -> Plan:
     """The steps that create the database cluster in its place.
 
