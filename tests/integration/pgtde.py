@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import http.server
 import importlib
 import json
@@ -31,12 +32,13 @@ TREES = Path("/var/cache/hsm-tde-tests")
 
 @functools.cache
 def tree(extension: str = "pg_tde") -> Path:
-    """The private tree of programs, built if its sources have changed; its ``bin`` is a server's."""
+    """The private tree of programs, one for each state of its sources: others may be in use; its ``bin`` is a server's."""
     programs = postgres.programs()
     assert programs, "PostgreSQL is not installed"
     major = Path(programs).parent.name
     TREES.mkdir(mode=0o755, exist_ok=True)
-    built = TREES / f"{extension}-{major}"
+    sources = b"".join(path.read_bytes() for path in sorted(STANDIN.iterdir())) + sys.executable.encode()
+    built = TREES / f"{extension}-{major}-{hashlib.sha256(sources).hexdigest()[:12]}"
     subprocess.run([str(STANDIN / "build"), str(built), sys.executable, major, extension], check=True, timeout=120)
     return built
 

@@ -83,21 +83,27 @@ def file_validate(options):
 
 def vault(options, path, data=None):
     """A request to Vault: status and body. :raises OSError: there is no answer."""
+    import http.client
     import ssl
-    import urllib.error
-    import urllib.request
+    from urllib.parse import urlsplit
 
     headers = {"X-Vault-Token": read(options["tokenPath"]).decode().split()[0], "Content-Type": "application/json"}
     if options.get("namespace"):
         headers["X-Vault-Namespace"] = options["namespace"]
-    context = ssl.create_default_context(cafile=options.get("caPath") or None) if options["url"].startswith("https") else None
-    body = json.dumps(data).encode() if data is not None else None
-    request = urllib.request.Request(f"{options['url']}/v1/{path}", data=body, headers=headers)  # noqa: S310 - a test chose the address
+    parts = urlsplit(options["url"])
+    if parts.scheme == "https":
+        context = ssl.create_default_context(cafile=options.get("caPath") or None)
+        connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=10, context=context)
+    else:
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+    body = json.dumps(data) if data is not None else None
     try:
-        with urllib.request.urlopen(request, timeout=10, context=context) as answer:  # noqa: S310
-            return answer.status, json.loads(answer.read() or b"{}")
-    except urllib.error.HTTPError as exc:
-        return exc.code, {}
+        connection.request("POST" if body else "GET", f"{parts.path}/v1/{path}", body, headers)
+        answer = connection.getresponse()
+        raw = answer.read()
+    except http.client.HTTPException as exc:
+        raise OSError(str(exc)) from None
+    return answer.status, json.loads(raw or b"{}") if answer.status == 200 else {}
 
 
 def vault_get(options, name):

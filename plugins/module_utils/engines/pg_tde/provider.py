@@ -144,46 +144,45 @@ class KeyProvider:
             return None
 
     def _vault(self, name: str) -> bool:
-        status = self.ask_vault(f"{self.options.vault_mount_path}/data/{name}")
-        if status not in (200, 404):
-            raise TdeError("vault_refused", f"answers with HTTP status {status}", obj=f"Vault at {self.options.vault_url}")
-        return status == 200
+        return self.ask_vault(f"{self.options.vault_mount_path}/data/{name}") == 200
 
     def ask_vault(self, path: str) -> int:
-        """The status of a GET; what it says of a key is read to its end and dropped.
+        """The status of a GET, 200 or 404; what it says of a key is read to its end and dropped.
 
         :raises TdeError: ``vault_unreachable``, ``vault_refused``.
         """
         import http.client
         import ssl
-        import urllib.error
         import urllib.parse
-        import urllib.request
 
-        url = f"{self.options.vault_url}/v1/{urllib.parse.quote(path)}"
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        obj = f"Vault at {self.options.vault_url}"
+        parts = urllib.parse.urlsplit(str(self.options.vault_url))
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise TdeError("invalid_option", "must begin with https:// or http://", obj=f"vault_url {self.options.vault_url!r}")
         lines = read_private(str(self.options.vault_token)).decode("ascii", "replace").split()
         headers = {"X-Vault-Token": lines[0] if lines else ""}
         if self.options.vault_namespace:
             headers["X-Vault-Namespace"] = self.options.vault_namespace
-        obj = f"Vault at {self.options.vault_url}"
         try:
-            context = ssl.create_default_context(cafile=self.options.vault_ca) if url.startswith("https") else None
-            request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the scheme was judged
-            with urllib.request.urlopen(request, timeout=_TIMEOUT, context=context) as answer:  # noqa: S310
-                json.loads(answer.read(_MAX_ANSWER))
-                return int(answer.status)
-        except urllib.error.HTTPError as exc:
-            if exc.code == 404:
-                return 404
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT)
+            if parts.scheme == "https":
+                context = ssl.create_default_context(cafile=self.options.vault_ca)
+                connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=_TIMEOUT, context=context)
+            with contextlib.closing(connection):
+                connection.request("GET", f"{parts.path}/v1/{urllib.parse.quote(path)}", headers=headers)
+                answer = connection.getresponse()
+                body = answer.read(_MAX_ANSWER)
+            if answer.status == 200:
+                json.loads(body)
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            # Neither the token nor an answer stands in these texts.
+            said = exc.strerror or type(exc).__name__ if isinstance(exc, OSError) else type(exc).__name__
+            raise TdeError("vault_unreachable", f"does not answer as Vault does: {said}", obj=obj) from None
+        if answer.status not in (200, 404):
             raise TdeError(
                 "vault_refused",
-                f"answers with HTTP status {exc.code}",
+                f"answers with HTTP status {answer.status}",
                 obj=obj,
                 next_step="Check the token and its policy: it needs read and create on the mount, and read on sys/mounts.",
-            ) from None
-        except (OSError, http.client.HTTPException, ValueError) as exc:
-            # A token never stands in these texts; an answer might.
-            said = exc.reason if isinstance(exc, urllib.error.URLError) else type(exc).__name__
-            raise TdeError("vault_unreachable", f"does not answer: {said}", obj=obj) from None
+            )
+        return answer.status
