@@ -229,10 +229,14 @@ def act(module: TdeModule) -> dict[str, t.Any]:
         "changed": bool(outcome.plan),
         "nshield_keys": shown,
         "backup": outcome.backup,
-        "other_clients_need": nshield_client.needs_after_transfer() if outcome.plan else [],
+        "other_clients_need": nshield_client.needs_after_transfer() if _moved(outcome.plan) else [],
         "plan": planning.public(outcome.plan),
         "diff": _diff([key.public(outcome.estate_before) for key in outcome.keys_before], shown),
     }
+
+
+def _moved(plan: planning.Plan) -> bool:
+    return any(step.action == "transfer_keys" for step in plan)
 
 
 def _diff(before: t.Sequence[dict[str, t.Any]], after: t.Sequence[dict[str, t.Any]]) -> dict[str, t.Any]:

@@ -214,6 +214,12 @@ def test_names_repeat_and_hashes_do_not(shared: Site) -> None:
         assert not site.run("nshield_softcard", hash=second, passphrase=NEW)["changed"]
         assert [card["name_unique"] for card in site.run("nshield_info", keys=False)["softcards"]] == [False, False]
         assert first != second
+        # A credential knows no hash, so a name that repeats is no credential for a database.
+        site.a.create_cardset("unique", PASSPHRASE)
+        site.a.create_softcard("unique", PASSPHRASE)
+        with pytest.raises(TdeError) as caught:
+            check_credential(Nshield(str(site.a.home), timeout=20), "softcard", "unique", Secret(PASSPHRASE))
+        assert caught.value.code == "token_ambiguous"
 
 
 def test_what_oracle_would_not_take_is_refused_before_anything_is_made(shared: Site) -> None:
@@ -318,6 +324,7 @@ def test_a_transfer_keeps_the_key_and_moves_its_protection(pair: Site) -> None:
     for name, blob in wrapped.items():
         assert new.unwrap(t.cast(str, new.find(name)), blob) == name.encode()
     assert pair.a.login(f"{PASSPHRASE}|from1").keys() == {}
+    assert len(done["other_clients_need"]) == 3
     again = pair.run("nshield_key_protection", **wish)
     assert (again["changed"], again["plan"]) == (False, [])
     assert pair.run("nshield_key_protection", keys=names, protection="softcard", token="to1")["nshield_keys"][0]["as_expected"]
@@ -359,6 +366,7 @@ def test_rocs_killed_half_way_with_a_second_client_holding_old_key_files(pair: S
     assert [copy["token"] for key in told["nshield_keys"] for copy in key["copies"]] == [old_token, old_token]
     tidied = pair.run("nshield_key_protection", b, keys=names, **transfer_options(source, target))
     assert [step["action"] for step in tidied["plan"]] == ["back_up_world", "retire_key_file", "retire_key_file"]
+    assert tidied["other_clients_need"] == []
     assert [key for key in b.keys().values() if key["token"] == old_token] == []
     assert b.login(f"{NEW}|{target}").find(names[0])
     assert not pair.run("nshield_key_protection", b, keys=names, **transfer_options(source, target))["changed"]

@@ -228,7 +228,7 @@ def transfer(tools: Nshield, wish: TransferWish, state: StateDirectory, *, check
                 after = _again(tools, now, keys, wish, expected)
         done = [key.first.key.name for key in after if key.right]
         left = [key.first.key.name for key in after if key.right is None]
-        if done:
+        if moving and done:
             nshield_changes.remember(state, f"keys {', '.join(done)} are now under {expected.words}")
         if moving:
             journal.append(
