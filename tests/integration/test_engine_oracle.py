@@ -4,124 +4,29 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import typing as t
 from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
-from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.engines import base
 from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import act
 from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import memo as memos
-from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle.engine import Oracle
-from ansible_collections.hsm.tde.tests.integration import nshield, support
+from ansible_collections.hsm.tde.tests.integration import oracle, support
+from ansible_collections.hsm.tde.tests.integration.oracle import OLD, SECRETS, SOFT, SOFTWARE, Site, Slot
 
 pytestmark = pytest.mark.root
 
-STANDIN = str(support.ROOT / "tests/standins/oracledb")
-if STANDIN not in sys.path:
-    sys.path.insert(0, STANDIN)
-
-OLD, NEW, SOFTWARE = "Softcard-1", "Softcard-2", "Software-1"
-SECRETS = (OLD, NEW, SOFTWARE, "Sys-Password-1")
-
-Slot = t.Tuple[str, t.Optional[str], t.Optional[str]]
-SOFT: Slot = ("softcard", "one", None)
-
-
-class Site:
-    """A host with an Oracle database, and nShield's software on it."""
-
-    def __init__(self, base_: Path, hsm: nshield.Site, pdbs: t.Sequence[str] = ("PDB1",)) -> None:
-        self.hsm = hsm
-        self.state = StateDirectory(str(base_ / "state"))
-        database = importlib.import_module("oracledb.database").Database
-        self.database = database.create(base_ / "oracle", pdbs=pdbs, nfast_home=str(hsm.a.home))
-        self.options: dict[str, t.Any] = {
-            "wallet_root": "/opt/oracle/wallet",
-            "nfast_home": str(hsm.a.home),
-            "call_timeout": 20.0,
-        }
-
-    def engine(self, passphrase: str | None, **options: t.Any) -> Oracle:
-        connection = base.Connection(host="db", user="sys", password=Secret("Sys-Password-1"), database="CDB1")
-        given = {**self.options, **options}
-        request = base.Request(self.state, "main", given, connection, passphrase=Secret(passphrase) if passphrase else None)
-        return Oracle(request)
-
-    def keystore(
-        self, slot: Slot | None, passphrase: str | None = OLD, *, state: str = "present", check: bool = False, **options: t.Any
-    ) -> base.Outcome:
-        slots = None
-        if slot:
-            protection, name, own = slot
-            slots = (base.SlotWish("primary", protection, passphrase=Secret(own) if own else None, token_name=name),)
-        return self.engine(passphrase, **options).keystore(base.KeystoreWish(state, slots), check=check)
-
-    def until_done(self, slot: Slot, passphrase: str | None = OLD, **options: t.Any) -> list[str]:
-        """Run it, and restart whenever it says so, as the roles do. :returns: all actions."""
-        actions = []
-        for dummy in range(4):
-            outcome = self.keystore(slot, passphrase, **options)
-            actions += [step.action for step in outcome.plan]
-            if not outcome.facts["restart_required"]:
-                return actions
-            self.database.bounce()
-        raise AssertionError("still to be restarted")
-
-    def master_key(self, passphrase: str = OLD, tag: str | None = None, **more: t.Any) -> base.Outcome:
-        wish = base.MasterKeyWish("rotated" if tag else "present", tag)
-        return self.engine(passphrase).master_key(wish, **{"check": False, **more})
-
-    def tablespace(self, name: str, passphrase: str = OLD) -> base.Outcome:
-        return self.engine(passphrase).tablespaces(base.TablespacesWish((base.TablespaceWish(name),)), check=False)
-
-    def read(self, container: str = "PDB1", name: str = "USERS") -> str:
-        """What is in a tablespace, if it can be read."""
-        api = importlib.import_module("oracledb")
-        connection = api.connect("x", user="sys", password="Sys-Password-1", mode=api.AUTH_MODE_SYSDBA)
-        cursor = connection.cursor()
-        cursor.execute(f"ALTER SESSION SET CONTAINER = {container}")
-        try:
-            cursor.execute("SELECT CONTENT FROM STANDIN$TABLESPACE WHERE NAME = :1", [name])
-        except api.DatabaseError as exc:
-            return str(exc.args[0].full_code)
-        return str(cursor.fetchone()[0])
-
-    def protections(self) -> set[str]:
-        return {key["protection"] for key in self.hsm.a.keys().values()}
-
-    def encrypted(self, slot: Slot = SOFT, passphrase: str = OLD, **options: t.Any) -> Site:
-        """With a master key and an encrypted tablespace."""
-        self.database.add_tablespace("PDB1", "USERS", "content")
-        self.until_done(slot, passphrase, **options)
-        self.open_pdbs()
-        self.keystore(None, passphrase, state="open")
-        self.master_key(passphrase)
-        self.tablespace("PDB1.USERS", passphrase)
-        assert self.read() == "content"
-        return self
-
-    def open_pdbs(self) -> None:
-        with self.database.change() as state:
-            for number, one in state["containers"].items():
-                one["open"] = number != "2"
-
-    def statements(self) -> list[str]:
-        """Of the journal, as short as a guide writes them."""
-        return [line.replace("ADMINISTER KEY MANAGEMENT ", "") for line in self.database.journal()]
+FILE: Slot = ("passphrase", None, None)
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Iterator[Site]:
     monkeypatch.setenv("ORACLEDB_STANDIN", str(tmp_path / "oracle"))
-    with nshield.site() as hsm:
-        hsm.a.create_softcard("one", OLD)
-        yield Site(tmp_path, hsm)
+    with oracle.site(tmp_path) as found:
+        yield found
 
 
 def test_from_nothing_to_encrypted_tablespaces_and_again_nothing_to_do(site: Site) -> None:
@@ -170,16 +75,16 @@ def test_a_key_that_slipped_to_module_protection_fails_the_verification_after(
 
 def test_a_pdb_that_was_closed_is_left_behind_and_the_next_run_mends_it(site: Site, tmp_path: Path) -> None:
     site = Site(tmp_path, site.hsm, ("PDB1", "PDB2"))
-    site.until_done(SOFT)
+    site.until_done(FILE, SOFTWARE)
     site.open_pdbs()
-    site.keystore(None, state="open")
-    site.keystore(None, state="closed")
+    site.keystore(None, SOFTWARE, state="open")
+    site.keystore(None, SOFTWARE, state="closed")
     site.database.close_pdb("PDB2")
-    outcome = site.keystore(None, state="open")
+    outcome = site.keystore(None, SOFTWARE, state="open")
     assert any("PDB2" in warning for warning in outcome.warnings)
     site.open_pdbs()
-    mended = site.keystore(None, state="open")
-    assert [step.obj for step in mended.plan] == ["HSM keystore of PDB PDB2"]
+    mended = site.keystore(None, SOFTWARE, state="open")
+    assert [step.obj for step in mended.plan] == ["software keystore of PDB PDB2"]
 
 
 def test_an_hsm_that_drops_packets_ends_in_a_clear_state(site: Site) -> None:
@@ -198,17 +103,17 @@ def test_an_hsm_that_drops_packets_ends_in_a_clear_state(site: Site) -> None:
 
 def test_a_restart_in_the_midst_of_encrypting_is_finished_by_the_next_run(site: Site) -> None:
     site.database.add_tablespace("PDB1", "USERS", "content")
-    site.until_done(SOFT)
+    site.until_done(FILE, SOFTWARE)
     site.open_pdbs()
-    site.keystore(None, state="open")
-    site.master_key()
+    site.keystore(None, SOFTWARE, state="open")
+    site.master_key(SOFTWARE)
     site.database.fault("bounce_while_encrypting", True)
     with pytest.raises(TdeError) as caught:
-        site.tablespace("PDB1.USERS")
+        site.tablespace("PDB1.USERS", SOFTWARE)
     assert caught.value.code == "server_down"
     site.open_pdbs()
-    site.keystore(None, state="open")
-    outcome = site.tablespace("PDB1.USERS")
+    site.keystore(None, SOFTWARE, state="open")
+    outcome = site.tablespace("PDB1.USERS", SOFTWARE)
     assert "broken off" in outcome.plan[0].why
     assert any("FINISH ENCRYPT" in line for line in site.statements())
     assert site.read() == "content"
@@ -232,9 +137,6 @@ def test_an_errors_text_is_the_number_alone(site: Site) -> None:
         site.keystore(SOFT)
     assert caught.value.code == "server_down"
     assert "Sys-Password-1" not in str(caught.value)
-
-
-FILE: Slot = ("passphrase", None, None)
 
 
 def test_the_modules_answer_as_documented_with_a_software_keystore(site: Site) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import time
 import typing as t
 
 from .hsm import Hsm, LoginRefused
@@ -133,14 +134,18 @@ class Database:
             yield state
             self._write(state)
 
-    def journal(self) -> list[str]:
-        """The statements that changed something, and restarts, in order, without credentials."""
+    def entries(self) -> list[Json]:
+        """The journal: each statement that changed something, and each restart, with its time; without credentials."""
         path = self.path / "journal.jsonl"
-        return [json.loads(line)["statement"] for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def journal(self) -> list[str]:
+        """The statements of the journal."""
+        return [entry["statement"] for entry in self.entries()]
 
     def note(self, statement: str) -> None:
         with open(self.path / "journal.jsonl", "a") as handle:
-            handle.write(json.dumps({"statement": redacted(statement)}) + "\n")
+            handle.write(json.dumps({"time": time.time(), "statement": redacted(statement)}) + "\n")
 
     # --- what people do beside SQL
 

@@ -1,0 +1,194 @@
+# Copyright (c) 2026, the hsm.tde authors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The three changes of Entrust's guide, on the stand-ins for Oracle and nShield: passphrase, token with its keys, and the safe way round."""
+
+from __future__ import annotations
+
+import os
+import signal
+import typing as t
+from pathlib import Path
+
+import pytest
+from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
+from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import act
+from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import memo as memos
+from ansible_collections.hsm.tde.tests.integration import nshield, oracle, support
+from ansible_collections.hsm.tde.tests.integration.oracle import NEW, OLD, SOFTWARE, Site, Slot
+
+pytestmark = pytest.mark.root
+
+AUTO: dict[str, t.Any] = {"auto_login": True, "software_passphrase": SOFTWARE}
+CHANGED: Slot = ("softcard", "one", NEW)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Iterator[Site]:
+    monkeypatch.setenv("ORACLEDB_STANDIN", str(tmp_path / "oracle"))
+    with oracle.site(tmp_path) as found:
+        yield found
+
+
+def _killed(site: Site, noted: int, slot: Slot, **options: t.Any) -> bool | None:
+    """One run, killed after an act is noted, or with 0 after the first one, before it is noted.
+
+    :param noted: how many acts it may do. :returns: None if it was killed, else restart_required.
+    """
+
+    def run() -> bool:
+        plain = act.Acts.handlers
+        acts: list[str] = []
+
+        def handlers(self: act.Acts) -> t.Any:
+            def wrapped(handler: t.Callable[[t.Any], None]) -> t.Callable[[t.Any], None]:
+                def one(step: t.Any) -> None:
+                    if noted and len(acts) == noted:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    handler(step)
+                    acts.append(step.action)
+                    if not noted:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                return one
+
+            return {name: wrapped(handler) for name, handler in plain(self).items()}
+
+        act.Acts.handlers = handlers  # type: ignore[method-assign]
+        return bool(site.keystore(slot, **options).facts["restart_required"])
+
+    try:
+        return support.in_child(run)
+    except support.ChildFailed:
+        return None
+
+
+def _in_order(found: t.Sequence[str], wanted: t.Sequence[str]) -> bool:
+    """Whether the wanted beginnings stand in this order among the found."""
+    rest = iter(found)
+    return all(any(word in line for line in rest) for word in wanted)
+
+
+GUIDE = (
+    "ALTER PLUGGABLE DATABASE ALL OPEN",
+    "SET KEYSTORE CLOSE",
+    "ppmk --change",
+    "-- bounce",
+    "ALTER PLUGGABLE DATABASE ALL OPEN",
+    "SET KEYSTORE OPEN",
+    "SECRET '***' FOR CLIENT 'HSM_PASSWORD'",
+    "CREATE AUTO_LOGIN KEYSTORE",
+)
+
+
+def _journal(site: Site, since: float) -> list[str]:
+    """What database and token tools did, in order of time."""
+    entries = [(entry["time"], entry["statement"]) for entry in site.database.entries()]
+    for entry in site.hsm.hsm.journal():
+        if entry.get("command"):
+            entries.append((entry["time"], " ".join([entry["command"], *entry["arguments"]])))
+    return [text for when, text in sorted(entries) if when > since]
+
+
+@pytest.mark.slow
+def test_a_passphrase_change_killed_at_each_step_ends_in_the_guides_order(site: Site) -> None:
+    site.encrypted(**AUTO)
+    site.database.close_pdb("PDB1")
+    since = site.database.entries()[-1]["time"]
+    kills = 0
+    for number in range(40):
+        answer = _killed(site, number % 3, CHANGED, **AUTO)
+        kills += answer is None
+        if answer:
+            site.database.bounce()
+        elif answer is False:
+            break
+    assert kills >= 8
+    assert _in_order(_journal(site, since), GUIDE), "\n".join(_journal(site, since))
+    assert sum("ppmk --change" in line for line in _journal(site, since)) == 1
+    assert site.read() == "content"
+    assert not site.keystore(CHANGED, **AUTO).changed
+    assert not site.keystore(None, NEW, state="open", **AUTO).changed
+    assert any("Security World" in line for line in site.keystore(CHANGED, **AUTO).facts["backups_need"])
+    # An unplanned restart: nobody opens anything, but the PDBs.
+    site.database.bounce()
+    site.open_pdbs()
+    assert site.read() == "content"
+
+
+def test_check_mode_shows_every_step_and_does_none(site: Site) -> None:
+    site.encrypted()
+    before = site.database.state()
+    plan = site.keystore(CHANGED, check=True).plan
+    assert [step.action for step in plan] == [
+        "close_keystore",
+        "mark_closed",
+        "change_token_passphrase",
+        "restart_database",
+        "open_pdbs",
+        "open_keystore",
+        "verify_protection",
+        "finish_change",
+    ]
+    assert site.database.state() == before
+    assert memos.read(site.state, "main").change is None
+
+
+@pytest.mark.slow
+def test_another_softcard_takes_the_keys_along(site: Site) -> None:
+    site.encrypted()
+    site.hsm.a.create_softcard("two", NEW)
+    site.hsm.hsm.insert("acs:1", slot=2)
+    target: Slot = ("softcard", "two", NEW)
+    with pytest.raises(TdeError) as caught:
+        site.keystore(target)
+    assert caught.value.code == "oracle_change_refused"
+    assert site.read() == "content"
+    options = {"transfer_keys": True, "acs_passphrase": nshield.ACS_PASSPHRASE}
+    site.until_done(target, **options)
+    assert site.read() == "content"
+    assert site.keystore(target, **options).facts["backups_need"]
+    assert not site.keystore(target).changed
+
+
+def test_from_module_protection_to_a_card_set_by_the_safe_way_round(site: Site) -> None:
+    site.encrypted(("module", None, None), "Module-1")
+    assert site.protections() == {"module"}
+    cards = site.hsm.a.create_cardset("cards", NEW, quorum=(1, 2))
+    site.hsm.hsm.insert(f"{cards}:1")
+    target: Slot = ("ocs", "cards", NEW)
+    with pytest.raises(TdeError) as caught:
+        site.keystore(target, "Module-1")
+    assert caught.value.code == "oracle_change_refused"
+    assert site.read() == "content"
+    options = {"safe_way_round": True, "software_passphrase": SOFTWARE}
+    actions = site.until_done(target, "Module-1", **options)
+    assert _in_order(
+        actions, ["reverse_migrate_key", "finish_leg", "credential_changed", "finish_leg", "migrate_key", "finish_change"]
+    )
+    assert site.read() == "content"
+    assert site.protections() == {"module", "ocs"}
+    again = site.keystore(target, "Module-1", **options)
+    assert not again.changed
+    assert any("module protection" in line for line in again.facts["backups_need"])
+
+
+def test_a_mistyped_target_ends_the_way_round_before_its_first_leg(site: Site) -> None:
+    site.encrypted(("module", None, None), "Module-1")
+    before = site.database.state()
+    with pytest.raises(TdeError) as caught:
+        site.keystore(("softcard", "one", NEW), "Module-1", safe_way_round=True, software_passphrase=SOFTWARE)
+    assert caught.value.code == "nshield_passphrase_refused"
+    assert site.database.state() == before
+
+
+def test_from_the_software_keystore_into_the_hsm_and_back(site: Site) -> None:
+    site.encrypted(("passphrase", None, None), SOFTWARE)
+    target: Slot = ("softcard", "one", OLD)
+    site.until_done(target, SOFTWARE)
+    assert site.read() == "content"
+    assert site.protections() == {"softcard"}
+    assert not site.keystore(target, SOFTWARE).changed
+    back: Slot = ("passphrase", None, SOFTWARE)
+    site.until_done(back, OLD)
+    assert site.read() == "content"
+    assert not site.keystore(back, OLD).changed
