@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # What a thief and an outage would find. Everything is judged from outside: files, a server that starts or does not.
+# The functions are called by check.
+# shellcheck disable=SC2317
 set -euo pipefail
 here=$1 python=$2
 world=$(dirname "$0")/files/world.py

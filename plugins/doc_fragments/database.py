@@ -125,7 +125,7 @@ options:
       - Options of the engine V(keycommand).
       - What a task leaves out is taken from the cluster's record on the target, once there is one.
       - Everything with the token and the wrapped secret is done as O(keycommand.os_user), in a state directory of that user's beside
-        O(state_directory). With O(pin_source) of kind V(file) the PIN's file is that user's, mode 0400.
+        O(state_directory). With C(pin_source) of kind V(file) the PIN's file is that user's, mode 0400.
     type: dict
     suboptions:
       kind:
@@ -231,9 +231,9 @@ options:
       - A tablespace is here a name for a key and the tables that are under it. Each table keeps the file that it has; one that no tablespace
         was named for belongs to V(default). Neither location nor owner can be given, a schema is a database, and tables are named
         C(DATABASE.TABLE).
-      - With M(hsm.tde.tde_keystore) and O(state=open) the keys are written to a file system in memory that is never swapped out, and
+      - With M(hsm.tde.tde_keystore) and C(state=open) the keys are written to a file system in memory that is never swapped out, and
         an include file tells the server to encrypt. Its next start needs the keys; with a wrong or missing one it does not start.
-      - The server reads keys when it starts only. After a new one, results say RV(restart_required), and the same task, run again
+      - The server reads keys when it starts only. After a new one, results say C(restart_required), and the same task, run again
         after the restart, goes on.
       - Tables are built anew while others read and write them, one at a time. With a full-text index others can only read meanwhile. The binary
         log does not get it, since each replica has keys of its own, under the same numbers; change replicas first.
@@ -263,7 +263,7 @@ options:
         type: int
       reencrypt:
         description:
-          - With M(hsm.tde.tde_master_key) and O(state=rotated), rotate the data keys, too. Each tablespace gets a new key, which needs a restart,
+          - With M(hsm.tde.tde_master_key) and C(state=rotated), rotate the data keys, too. Each tablespace gets a new key, which needs a restart,
             and then each of its tables is built anew under it. Only this revokes what an old copy of the store opens.
           - The former keys stay in the store for backups. Keys 1 and 2 cannot be replaced.
           - Every keyslot of the data keys needs its credential in the task (O(passphrase), O(pin)).
@@ -272,9 +272,9 @@ options:
   pg_tde:
     description:
       - Options of the engine V(pg_tde). What a task leaves out is taken from the cluster's record on the target, once there is one.
-      - With M(hsm.tde.tde_keystore) and O(state=present) everything is done, if the server answers. The library is loaded, the extension
+      - With M(hsm.tde.tde_keystore) and C(state=present) everything is done, if the server answers. The library is loaded, the extension
         created, the provider added, keys made and set, and the write-ahead log encrypted. What the server reads at its start only is told by
-        RV(restart_required), and the same task, run again after the restart, goes on. O(state=open) gives the server what it needs for its start.
+        C(restart_required), and the same task, run again after the restart, goes on. C(state=open) gives the server what it needs for its start.
       - The keys are C(hsm-tde.CLUSTER), after a rotation C(hsm-tde.CLUSTER.TAG), with V(database) as O(pg_tde.scope) followed by C(@DATABASE). Each is
         looked for at its provider before it is made, and a key in memory is sealed on the disk before it is set.
       - Another O(pg_tde.provider) gets keys of its own, which are set and verified. Provider and keys of before stay for backups.
@@ -355,7 +355,7 @@ options:
         name of the softcard or card set in C(token_label). O(passphrase) is that of the present credential, the keyslot's own that of the wished one.
       - A credential is judged by all rules of Oracle and nShield, and tried on the HSM, before a statement is sent with it, because one that is mistyped
         falls to module protection without a word. After each master key its real protection is looked at (C(nfkminfo), C(rocs)).
-      - With M(hsm.tde.tde_keystore), V(present) and V(open) lead to the same end. Whatever a restart is needed for is told by RV(restart_required), and
+      - With M(hsm.tde.tde_keystore), V(present) and V(open) lead to the same end. Whatever a restart is needed for is told by C(restart_required), and
         the same task, run again after the restart, goes on. PDBs that are closed are left behind, and told.
       - "Changes of the keyslot follow the order of Entrust's guide. Another passphrase: PDBs open, close, the HSM's own tool (C(ppmk), C(cardpp)), restart, PDBs
         open, open, auto-login's secret. Another token takes its keys along with O(oracle.transfer_keys). Any other change of token or method is refused while

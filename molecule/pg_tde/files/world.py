@@ -63,7 +63,12 @@ def serve(home: Path) -> None:
     for descriptor in range(3):
         os.dup2(nowhere, descriptor)
     kmip = KmipServer(home / "kmip")
-    signal.signal(signal.SIGTERM, lambda *_arguments: (kmip.close(), os._exit(0)))
+
+    def end(*_arguments: object) -> None:
+        kmip.close()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
     with Vault(home) as vault:
         vault.token.chmod(0o600)
         facts = {"kmip": kmip.options(), "vault": {"url": vault.url, "token": str(vault.token)}}
