@@ -174,7 +174,7 @@ def database_options() -> dict[str, t.Any]:
         "login_db": {"type": "str", "default": "postgres"},
         "passphrase": {"type": "str", "no_log": True},
         "postgresql": {"type": "dict", "apply_defaults": True, "options": postgresql_options()},
-        "keycommand": {"type": "dict", "apply_defaults": True, "options": keycommand_options()},
+        "keycommand": {"type": "dict", "no_log": False, "apply_defaults": True, "options": keycommand_options()},
         "fep": {"type": "dict", "apply_defaults": True, "options": fep_options()},
         "mariadb": {"type": "dict", "apply_defaults": True, "options": mariadb_options()},
         "pg_tde": {"type": "dict", "apply_defaults": True, "options": pg_tde_options()},
