@@ -192,3 +192,28 @@ def test_from_the_software_keystore_into_the_hsm_and_back(site: Site) -> None:
     site.until_done(back, OLD)
     assert site.read() == "content"
     assert not site.keystore(back, OLD).changed
+
+
+def test_with_the_external_store_the_credential_stands_in_one_statement(site: Site) -> None:
+    site.encrypted(external_store=True)
+    named = [line for line in site.statements() if "***" in line]
+    assert len(named) == 1
+    assert "FOR CLIENT 'TDE_WALLET'" in named[0]
+    site.until_done(CHANGED, external_store=True)
+    site.open_pdbs()
+    site.keystore(None, NEW, state="open")
+    assert site.read() == "content"
+    assert len([line for line in site.statements() if "***" in line]) == 2
+
+
+def test_where_nothing_is_encrypted_the_credential_is_replaced_and_new_keys_are_made(site: Site) -> None:
+    site.until_done(oracle.SOFT)
+    site.open_pdbs()
+    site.keystore(None, state="open")
+    site.master_key()
+    site.hsm.a.create_softcard("two", NEW)
+    target: Slot = ("softcard", "two", NEW)
+    assert "credential_changed" in site.until_done(target)
+    assert [step.action for step in site.master_key(NEW).plan] == ["set_key"] * 2 + ["verify_protection"]
+    assert {key["token"] for key in site.hsm.a.keys().values()} == set(site.hsm.a.softcards())
+    assert not site.keystore(target).changed

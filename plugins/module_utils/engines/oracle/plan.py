@@ -382,7 +382,7 @@ def migration_leg(facts: Facts, wish: Wish, change: Change) -> Plan:
         made = [] if wish.software_made else software(facts, wish)
         # The secret of auto-login comes before HSM|FILE, which would open the HSM with the former one.
         steps = made or (near + (secret(wish, facts) if not near else []) if into else []) or alter(facts, wish, both)
-    steps = steps or (opening(facts, everywhere, hsm=True) if into else software(facts, everywhere))
+    steps = steps or (external(wish) or opening(facts, everywhere, hsm=True) if into else software(facts, everywhere))
     if not steps and facts.configuration_next == both:
         steps = near
     if steps:
@@ -393,7 +393,7 @@ def migration_leg(facts: Facts, wish: Wish, change: Change) -> Plan:
         action, verb = ("migrate_key", "to the HSM") if into else ("reverse_migrate_key", "from the HSM")
         found = [Step(action, f"master key of {one.name}", f"migrated {verb}", {"container": one.name}) for one in todo]
         return [*found, *(verify(change.target) if into else [])]
-    arranged = (secret(wish, facts) + external(wish)) if into else []
+    arranged = secret(wish, facts) if into else []
     return arranged or alter(facts, wish, final) or [*(verify(change.target) if into else []), *finish(change)]
 
 

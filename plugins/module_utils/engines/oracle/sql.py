@@ -171,7 +171,7 @@ def where(connection: Connection, options: Options) -> str:
 def connect(connection: Connection, options: Options) -> t.Iterator[Database]:
     """A session in the root container.
 
-    :raises TdeError: ``library_missing``, ``server_down``, ``server_refused``.
+    :raises TdeError: ``library_missing``, ``credential_missing``, ``server_down``, ``server_refused``.
     """
     try:
         import oracledb
@@ -183,6 +183,13 @@ def connect(connection: Connection, options: Options) -> t.Iterator[Database]:
             next_step="Install python-oracledb 2 or newer for it (/opt/hsm-tde/venv/bin/pip install oracledb), or set ansible_python_interpreter.",
         ) from None
     obj = where(connection, options)
+    if not options.thick and (connection.user is None or connection.password is None):
+        raise TdeError(
+            "credential_missing",
+            "login_user and login_password were not given, and only thick mode logs in by the operating system",
+            obj=obj,
+            next_step="Give them. At boot nobody logs in: with oracle.auto_login the keystore opens by itself.",
+        )
     modes = {"sysdba": oracledb.AUTH_MODE_SYSDBA, "syskm": oracledb.AUTH_MODE_SYSKM, "none": oracledb.AUTH_MODE_DEFAULT}
     given: dict[str, t.Any] = {"mode": modes[options.privilege]}
     if connection.host:
