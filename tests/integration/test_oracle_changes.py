@@ -217,3 +217,25 @@ def test_where_nothing_is_encrypted_the_credential_is_replaced_and_new_keys_are_
     assert [step.action for step in site.master_key(NEW).plan] == ["set_key"] * 2 + ["verify_protection"]
     assert {key["token"] for key in site.hsm.a.keys().values()} == set(site.hsm.a.softcards())
     assert not site.keystore(target).changed
+
+
+@pytest.mark.slow
+def test_the_safe_way_round_killed_at_each_step_ends_with_readable_data(site: Site) -> None:
+    site.encrypted(**AUTO)
+    cards = site.hsm.a.create_cardset("cards", NEW, quorum=(1, 2))
+    site.hsm.hsm.insert(f"{cards}:1")
+    target: Slot = ("ocs", "cards", NEW)
+    kills = 0
+    for number in range(60):
+        answer = _killed(site, number % 3, target, safe_way_round=True, **AUTO)
+        kills += answer is None
+        if answer:
+            site.database.bounce()
+        elif answer is False:
+            break
+    assert kills >= 8
+    assert site.read() == "content"
+    assert not site.keystore(target, **AUTO).changed
+    site.database.bounce()
+    site.open_pdbs()
+    assert site.read() == "content"
