@@ -104,6 +104,13 @@ def tasks_of(home: Path) -> dict[str, dict[str, t.Any]]:
         "state_directory": f"{home}/state",
     }
     passphrase = [{"name": "recovery", "protection": "passphrase", "passphrase": "{{ secrets.passphrase }}"}]
+    kmip = {
+        "kmip_servers": ["localhost:1"],
+        "kmip_ca": f"{home}/ca",
+        "kmip_certificate": f"{home}/certificate",
+        "kmip_certificate_key": f"{home}/key",
+        "state_directory": f"{home}/state",
+    }
     database = {**token, "engine": "postgresql", "cluster": "main", "postgresql": {"mount_point": f"{home}/mnt"}}
     return {
         "pkcs11_token": {**token, "so_pin": "{{ secrets.pin }}"},
@@ -118,6 +125,19 @@ def tasks_of(home: Path) -> dict[str, dict[str, t.Any]]:
         "tde_info": {**database, "login_password": "{{ secrets.passphrase }}"},
         "tde_proof": {**database, "tablespaces": ["sealed"]},
         "tde_command": {"path": f"{home}/hsm-tde", "units": "never", "state_directory": f"{home}/state"},
+        "cryptocard_info": {},
+        "kmip_key": {**kmip, "keys": [{"name": "data"}]},
+        "kmip_key_info": kmip,
+        "opencryptoki_config": {"slots": []},
+        "opencryptoki_daemon": {},
+        "opencryptoki_info": {},
+        "opencryptoki_migrate": {"slot": 0, "so_pin": "{{ secrets.pin }}", "pin": "{{ secrets.passphrase }}"},
+        "opencryptoki_token_copy": {"slot": 0, "state": "requested"},
+        "nshield_info": {},
+        "nshield_client": {},
+        "nshield_softcard": {"name": "card", "passphrase": "{{ secrets.passphrase }}"},
+        "nshield_cardset": {"name": "cards", "passphrase": "{{ secrets.passphrase }}"},
+        "nshield_key_protection": {"protection": "softcard", "token": "card", "passphrase": "{{ secrets.passphrase }}"},
     }
 
 

@@ -71,7 +71,7 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "Reading or writing failed in the operating system.",
         "Look at the kernel's log and at the device, then run again.",
     ),
-    "busy": ErrorCode("locked", "Another run holds the lock; nothing was begun."),
+    "busy": ErrorCode("locked", "Another run holds the lock; nothing was begun.", "Run again when it has ended."),
     "timeout": ErrorCode("unreachable", "No answer within the time allowed.", "Find out what keeps it busy, then run again."),
     "command_missing": ErrorCode(
         "absent", "A program that the step needs is not installed.", "Install the package that has it, then run again."
@@ -243,7 +243,9 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The token can neither AES-GCM nor AES-CBC with padding and HMAC-SHA256 with this key.",
         "Use another token, or let the token's policy allow AES-GCM, or AES-CBC with padding and HMAC-SHA256.",
     ),
-    "envelope_invalid": ErrorCode("damaged", "A wrapped key is not well-formed."),
+    "envelope_invalid": ErrorCode(
+        "damaged", "A wrapped key is not well-formed.", "Restore what was written, from a backup, and run again."
+    ),
     "envelope_damaged": ErrorCode(
         "damaged", "A wrapped key, or the context it is bound to, is not what was written; the KEK is the right one."
     ),
@@ -306,7 +308,9 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "Use openCryptoki 3.15 or newer.",
     ),
     "opencryptoki_migrate_failed": ErrorCode(
-        "unreachable", "pkcstok_migrate did not bring the token's folder to the new format; the former one is in its place."
+        "unreachable",
+        "pkcstok_migrate did not bring the token's folder to the new format; the former one is in its place.",
+        "Correct what pkcstok_migrate says, then run again.",
     ),
     "opencryptoki_store_absent": ErrorCode(
         "absent",
@@ -503,7 +507,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "server_privilege_missing": ErrorCode("refused", "The database role may not do this; a superuser is needed."),
     "server_is_standby": ErrorCode("client_error", "The server is a standby; tablespaces are created and filled on the primary."),
-    "server_not_local": ErrorCode("client_error", "The server's files do not lie on this host."),
+    "server_not_local": ErrorCode(
+        "client_error",
+        "The server's files do not lie on this host.",
+        "Run this on the server's own host, and name its socket or port.",
+    ),
     "server_foreign": ErrorCode(
         "client_error",
         "The server that answers works on another data directory than the cluster's.",
@@ -512,7 +520,9 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "lock_timeout": ErrorCode("locked", "A lock in the database was not had in time."),
     "move_blocked": ErrorCode("locked", "A relation stayed locked by others through all tries; what was moved stays moved."),
     "unfinished": ErrorCode(
-        "unreachable", "After several rounds something is still, or again, not as wished; what was done stays done."
+        "unreachable",
+        "After several rounds something is still, or again, not as wished; what was done stays done.",
+        "Run again; run with --check to see what is left.",
     ),
     "tablespace_elsewhere": ErrorCode("client_error", "A tablespace of this name exists at another location."),
     "tablespace_name_reserved": ErrorCode(

@@ -17,6 +17,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateD
 from ansible_collections.hsm.tde.plugins.module_utils.engines import record as records
 from ansible_collections.hsm.tde.plugins.module_utils.engines import request
 from ansible_collections.hsm.tde.plugins.module_utils.engines.postgresql import gaps, info, options, server
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import KmipAccess
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,7 +202,13 @@ text = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=20
 )
 def test_a_record_comes_back_as_it_was_written(places: list[records.Place]) -> None:
     record = records.Record(
-        "main", "postgresql", {"a": 1}, "c0ffee", (records.Token("/lib", {"A": "b"}, "demo", ""),), tuple(places)
+        "main",
+        "postgresql",
+        {"a": 1},
+        "c0ffee",
+        tokens=(records.Token("/lib", {"A": "b"}, "demo", ""),),
+        kmip=(KmipAccess("kmip", ("kms1:5696", "kms2:5696"), "/ca", "/certificate", "/key", 5.0),),
+        places=tuple(places),
     )
     assert records.parse(json.loads(json.dumps(record.public())), "x") == record
 
