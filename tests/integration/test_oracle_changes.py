@@ -239,3 +239,25 @@ def test_the_safe_way_round_killed_at_each_step_ends_with_readable_data(site: Si
     site.database.bounce()
     site.open_pdbs()
     assert site.read() == "content"
+
+
+@pytest.mark.slow
+def test_module_softcard_other_softcard_card_set_one_after_the_other(site: Site) -> None:
+    site.encrypted(("module", None, None), "Module-1")
+    site.hsm.a.create_softcard("two", NEW)
+    cards = site.hsm.a.create_cardset("cards", "Cards-3", quorum=(1, 2))
+    site.hsm.hsm.insert(f"{cards}:1")
+    site.hsm.hsm.insert("acs:1", slot=2)
+    way: dict[str, t.Any] = {"safe_way_round": True, "software_passphrase": SOFTWARE}
+    walk: list[tuple[Slot, str, dict[str, t.Any]]] = [
+        (("softcard", "one", OLD), "Module-1", way),
+        (("softcard", "two", NEW), OLD, {"transfer_keys": True, "acs_passphrase": nshield.ACS_PASSPHRASE}),
+        (("ocs", "cards", "Cards-3"), NEW, way),
+    ]
+    for slot, before, options in walk:
+        site.until_done(slot, before, **options)
+        assert site.read() == "content", slot
+        second = site.keystore(slot, before, **options)
+        assert not second.changed, slot
+    assert len(second.facts["backups_need"]) == 3
+    assert not site.master_key("Cards-3").changed
