@@ -8,6 +8,9 @@ import subprocess
 import typing as t
 
 import pytest
+from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import kmip_access
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.tests.integration import estate, killing, pgtde, postgres
 from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer, Relay
 from ansible_collections.hsm.tde.tests.integration.pgtde import Host, Vault
@@ -181,6 +184,22 @@ def test_from_file_to_kmip(host: Host, rows: str, kmip_server: KmipServer) -> No
     host.run("tde_master_key", state="rotated", tag="6")
 
 
+def test_eight_runs_at_once_make_one_key(host: Host, kmip_server: KmipServer) -> None:
+    work = killing.task("tde_master_key", host.arguments(state="rotated", tag="at-once"))
+    ends = []
+    for process in [killing.Process(work) for _number in range(8)]:
+        try:
+            ends.append("done" if process.result() else "killed")
+        except TdeError as exc:
+            ends.append(exc.code)
+    assert set(ends) <= {"done", "busy"}
+    assert "done" in ends
+    assert set(host.set_keys().values()) == {"hsm-tde.main.at-once of hsm-tde-kmip"}
+    with Client(kmip_access(kmip_server.options())) as client:
+        assert len(client.locate("hsm-tde.main.at-once")) == 1
+    host.run("tde_master_key", state="rotated", tag="6b")
+
+
 def test_a_provider_is_changed_with_its_keys(host: Host, kmip_server: KmipServer) -> None:
     relay = Relay(kmip_server.port)
     try:
@@ -198,7 +217,7 @@ def test_a_provider_is_changed_with_its_keys(host: Host, kmip_server: KmipServer
 
 @pytest.mark.slow
 def test_on_to_vault_and_back(host: Host, rows: str, kmip_server: KmipServer) -> None:
-    assert set(host.set_keys().values()) == {"hsm-tde.main.6 of hsm-tde-kmip"}
+    assert set(host.set_keys().values()) == {"hsm-tde.main.6b of hsm-tde-kmip"}
     with Vault(host.home) as vault:
         vault.token.chmod(0o600)
         options = {"provider": "vault-v2", "vault_url": vault.url, "vault_mount_path": "tde", "vault_token": str(vault.token)}
@@ -209,7 +228,7 @@ def test_on_to_vault_and_back(host: Host, rows: str, kmip_server: KmipServer) ->
         vault.failing = None
         assert host.run("tde_keystore", **to_vault)["changed"]
         assert not host.run("tde_keystore", **to_vault)["changed"]
-        assert set(host.set_keys().values()) == {"hsm-tde.main.6 of hsm-tde-vault-v2"}
+        assert set(host.set_keys().values()) == {"hsm-tde.main.6b of hsm-tde-vault-v2"}
         vault.failing = 503
         host.refused("tde_master_key", "vault_refused", state="rotated", tag="7")
         vault.failing = None
@@ -217,7 +236,7 @@ def test_on_to_vault_and_back(host: Host, rows: str, kmip_server: KmipServer) ->
         host.refused("tde_master_key", "vault_unreachable", state="rotated", tag="7")
         vault.start()
         host.run("tde_master_key", state="rotated", tag="7")
-        assert {name: len(versions) for name, versions in vault.keys.items()} == {"hsm-tde.main.6": 1, "hsm-tde.main.7": 1}
+        assert {name: len(versions) for name, versions in vault.keys.items()} == {"hsm-tde.main.6b": 1, "hsm-tde.main.7": 1}
 
         with Vault(host.home) as empty:
             empty.token.chmod(0o600)
@@ -233,6 +252,7 @@ def test_on_to_vault_and_back(host: Host, rows: str, kmip_server: KmipServer) ->
     assert host.server.psql(ROWS, "shop") == rows
 
 
+@pytest.mark.slow
 def test_another_prefix_and_a_key_for_each_database(rows: str) -> None:
     """The server has not loaded the library, and the extension is open_pg_tde."""
     with pgtde.host(loaded=False, extension="open_pg_tde") as host:
