@@ -83,7 +83,7 @@ class Oracle(Engine):
         from .tablespaces import tablespaces
 
         with self.locked(check):
-            return tablespaces(Work(self, None, check), wish)
+            return tablespaces(Work(self, wish.slots, check), wish)
 
     def info(self) -> dict[str, t.Any]:
         from .info import collect

@@ -24,9 +24,13 @@ def tablespaces(work: Work, wish: TablespacesWish) -> Outcome:
 
     :raises TdeError: ``invalid_option``, ``engine_unsupported``, ``keystore_closed``, ``oracle_containers_behind``.
     """
-    if wish.slots is not None:
+    remembered = work.acts.memo.guard
+    if work.acts.memo.change or work.guard != remembered:
         raise TdeError(
-            "engine_unsupported", "Its tablespaces are under the keystore's master key: list no keyslots.", obj="engine oracle"
+            "invalid_option",
+            f"the keystore is under {remembered.words if remembered else 'nothing yet'}, not under {work.guard.words}, or on its way",
+            obj="option keyslots",
+            next_step="Leave it out, or change the keystore first (tde_keystore).",
         )
     for item in wish.items:
         _check(item)
