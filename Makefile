@@ -25,6 +25,7 @@ molecule: setup
 	molecule test --scenario-name pg_tde
 	molecule test --scenario-name packaged
 	molecule test --scenario-name fep
+	molecule test --scenario-name oracle
 
 test: setup
 	@.ci/test
