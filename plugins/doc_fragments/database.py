@@ -357,8 +357,8 @@ options:
         falls to module protection without a word. After each master key its real protection is looked at (C(nfkminfo), C(rocs)).
       - With M(hsm.tde.tde_keystore), V(present) and V(open) lead to the same end. Whatever a restart is needed for is told by C(restart_required), and
         the same task, run again after the restart, goes on. PDBs that are closed are left behind, and told.
-      - "Changes of the keyslot follow the order of Entrust's guide. Another passphrase: PDBs open, close, the HSM's own tool (C(ppmk), C(cardpp)), restart, PDBs
-        open, open, auto-login's secret. Another token takes its keys along with O(oracle.transfer_keys). Any other change of token or method is refused while
+      - "Changes of the keyslot follow the order of Entrust's guide. Another passphrase: PDBs open, close, the HSM's own tool (C(ppmk), C(cardpp)),
+        restart, PDBs open, open, auto-login's secret. Another token takes its keys along with O(oracle.transfer_keys). Any other change of token or method is refused while
         anything is encrypted, unless O(oracle.safe_way_round)."
       - A tablespace is named C(PDB.NAME). One that exists is encrypted online where it is; an encryption that was broken off is finished. Nothing moves.
       - Only stand-ins of Oracle and nShield were run with it.
@@ -394,7 +394,9 @@ options:
         description: Passphrase of the software keystore, where that is not the one that the keyslots name.
         type: str
       external_store:
-        description: Statements say C(IDENTIFIED BY EXTERNAL STORE), so that the credential stands in one statement only, which writes it there (C(WALLET_ROOT/tde_seps)).
+        description:
+          - Statements say C(IDENTIFIED BY EXTERNAL STORE), so that the credential stands in one statement only, which writes it there
+            (C(WALLET_ROOT/tde_seps)).
         type: bool
       sid:
         description: For which instances parameters are set; V(*) if it was never given.

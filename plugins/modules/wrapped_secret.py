@@ -21,7 +21,6 @@ author:
 extends_documentation_fragment:
   - hsm.tde.pkcs11
   - hsm.tde.state
-  - hsm.tde.database.keyslots
 options:
   path:
     description:
@@ -45,17 +44,13 @@ options:
     default: present
   keyslots:
     description:
+      - The keyslots wished for. Each holds the same secret under one protection, and any one of them opens it.
       - Needed for a new file, for another secret, and for O(state=rewrapped). They are also tried to open the file.
-  credentials:
-    description:
-      - What opens the file now, where it is not one of O(keyslots), for example the old passphrase.
-      - They are tried first, in order, each under a name of its own.
-      - A token that is not named is the task's own.
     type: list
     elements: dict
-    suboptions:
+    suboptions: &slots
       name:
-        description: Name of the keyslot that is likeliest to open.
+        description: The keyslot's name; of O(credentials), the one that is likeliest to open.
         type: str
         default: primary
       protection:
@@ -66,7 +61,7 @@ options:
           passphrase: A passphrase.
         default: token
       passphrase:
-        description: The passphrase, for O(credentials[].protection=passphrase).
+        description: The passphrase, in quotes, at least 12 characters.
         type: str
       token_label:
         description: Label of the token, if it is not the task's own.
@@ -83,6 +78,14 @@ options:
       library:
         description: The token's PKCS#11 library, if it is not the task's own.
         type: path
+  credentials:
+    description:
+      - What opens the file now, where it is not one of O(keyslots), for example the old passphrase.
+      - They are tried first, in order, each under a name of its own.
+      - A token that is not named is the task's own.
+    type: list
+    elements: dict
+    suboptions: *slots
   kek_label:
     description:
       - Label of the key-encryption key in the token, for every keyslot under a token that is made. The key is made if this host has not made it yet.
@@ -310,7 +313,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeEr
 from ansible_collections.hsm.tde.plugins.module_utils.common.options import pkcs11_options
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import secret_from_option
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
-from ansible_collections.hsm.tde.plugins.module_utils.engines import keyslots_option
+from ansible_collections.hsm.tde.plugins.module_utils.engines import secret_slots_option
 from ansible_collections.hsm.tde.plugins.module_utils.engines.request import slots
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretfile import SecretFile
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretservice import (
@@ -425,8 +428,8 @@ def main() -> None:
             "path": {"type": "path", "required": True},
             "name": {"type": "str"},
             "state": {"type": "str", "choices": ["present", "rewrapped", "unwrapped"], "default": "present"},
-            "keyslots": keyslots_option(),
-            "credentials": keyslots_option(),
+            "keyslots": secret_slots_option(),
+            "credentials": secret_slots_option(),
             "kek_label": {"type": "str", "default": DEFAULT_KEK},
             "secret": {"type": "str", "no_log": True},
             "generate_length": {"type": "int"},

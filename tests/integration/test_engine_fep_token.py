@@ -193,7 +193,8 @@ def test_the_pin_changes_while_the_database_is_in_use(cluster: FepEstate) -> Non
     """No transaction fails, and the next start opens the keystore with the new PIN by itself."""
     options = {**cluster.options, "auto_open": True}
     former = cluster.pin
-    subprocess.run(cluster.host.inside(f"{cluster.server.bin}/pgbench", "-h", str(cluster.server.socket), "-iq", "postgres"), check=True, capture_output=True)  # type: ignore[union-attr]  # fmt: skip
+    fill = cluster.host.inside(f"{cluster.server.bin}/pgbench", "-h", str(cluster.server.socket), "-iq", "postgres")  # type: ignore[union-attr]
+    subprocess.run(fill, check=True, capture_output=True)
     bench = cluster.server.popen("pgbench", "-c", "3", "-T", "4", "postgres")
     try:
         assert cluster.steps("tde_keystore", keyslots=SLOTS, fep=options) == ["write_include_file", "write_record"]

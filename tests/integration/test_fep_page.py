@@ -75,7 +75,10 @@ def _walk(server: fep.FepServer) -> None:
     first = _run(server, site)
     assert _changed(first) > 0
     assert server.is_open()
-    assert server.psql("SELECT spcencalgo FROM pgx_tablespaces v JOIN pg_tablespace s ON s.oid = v.spctablespace WHERE spcname LIKE 'sec%'") == "AES256"  # fmt: skip
+    algorithm = (
+        "SELECT spcencalgo FROM pgx_tablespaces v JOIN pg_tablespace s ON s.oid = v.spctablespace WHERE spcname LIKE 'sec%'"
+    )
+    assert server.psql(algorithm) == "AES256"
     assert _changed(_run(server, site)) == 0
     server.restart()
     assert not server.is_open()

@@ -311,7 +311,10 @@ def test_a_replica_has_keys_of_its_own(home: Path, host: Host, port: int) -> Non
         )
         for one in (primary, replica):
             one.configure()
-        connect = f"CHANGE MASTER TO MASTER_HOST='127.0.0.1', MASTER_PORT={port}, MASTER_USER='r', MASTER_PASSWORD='r', MASTER_CONNECT_RETRY=1, MASTER_USE_GTID=slave_pos"
+        connect = (
+            f"CHANGE MASTER TO MASTER_HOST='127.0.0.1', MASTER_PORT={port}, MASTER_USER='r', MASTER_PASSWORD='r', "
+            "MASTER_CONNECT_RETRY=1, MASTER_USE_GTID=slave_pos"
+        )
         replica.server.sql(f"{connect}; START SLAVE")
         primary.server.sql(
             f"CREATE DATABASE app; CREATE TABLE app.t (id INT PRIMARY KEY, b TEXT); INSERT INTO app.t VALUES (1, '{MARKER}')"

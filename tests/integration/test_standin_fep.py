@@ -434,12 +434,12 @@ def kms_server() -> t.Iterator[FepServer]:
         made.stop()
 
 
-def declare(kms_name: str, key_id: str, secret: str = "sesame") -> str:  # noqa: S107
+def declare(kms_name: str, key_id: str, secret: str = "sesame") -> str:
     arguments = f"kms_name => '{kms_name}', key_id => '{key_id}', kms_secret => '{secret}'"
     return f"SELECT pgx_declare_external_master_key({arguments})"
 
 
-def reopen(secret: str = "sesame") -> str:  # noqa: S107
+def reopen(secret: str = "sesame") -> str:
     return f"SELECT pgx_open_keystore(kms_secret => '{secret}')"
 
 

@@ -27,7 +27,7 @@ def main(socket: str, stop: str) -> None:
                 failures.append(repr(error))
                 connection.rollback()
             time.sleep(0.005)
-    print(json.dumps({"done": done, "failed": len(failures), "errors": failures[:5]}))  # noqa: T201
+    print(json.dumps({"done": done, "failed": len(failures), "errors": failures[:5]}))
 
 
 main(*sys.argv[1:])

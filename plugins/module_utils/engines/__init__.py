@@ -184,21 +184,28 @@ def database_options() -> dict[str, t.Any]:
     }
 
 
-def keyslots_option() -> dict[str, t.Any]:
-    """The option ``keyslots`` of the modules that make or change keyslots (fragment ``hsm.tde.keyslots``)."""
+def secret_slots_option() -> dict[str, t.Any]:
+    """The keyslots of a secret of the user's own: those that need nothing but the file and what opens it."""
     return {
         "type": "list",
         "elements": "dict",
         "no_log": False,
         "options": {
             "name": {"type": "str", "default": "primary"},
-            "protection": {"type": "str", "choices": list(PROTECTIONS), "default": "token"},
+            "protection": {"type": "str", "choices": ["token", "passphrase"], "default": "token"},
             "passphrase": {"type": "str", "no_log": True},
             "token_label": {"type": "str", "no_log": False},
             "token_serial": {"type": "str", "no_log": False},
             "slot_id": {"type": "int"},
             "pin": {"type": "str", "no_log": True},
             "library": {"type": "path"},
-            "kmip": {"type": "dict", "options": kmip_service_options()},
         },
     }
+
+
+def keyslots_option() -> dict[str, t.Any]:
+    """The option ``keyslots`` of the modules that make or change keyslots (fragment ``hsm.tde.database.keyslots``)."""
+    option = secret_slots_option()
+    option["options"]["protection"]["choices"] = list(PROTECTIONS)
+    option["options"]["kmip"] = {"type": "dict", "options": kmip_service_options()}
+    return option

@@ -201,7 +201,7 @@ class Keycommand(Engine):
         primary = next((one.access for one in wishes if one.name == "primary"), None)
         reached = sorted(self._reached(wishes, facts), key=lambda one: one[0] is not primary)
         known = {(token.label, token.serial): token for token in (*before.tokens, *(token for dummy, token in reached))}
-        wanted = [(label, serial) for label, serial in facts["slots"]] or [(one.label, one.serial) for dummy, one in reached]
+        wanted = [(name[0], name[1]) for name in facts["slots"]] or [(one.label, one.serial) for dummy, one in reached]
         tokens = tuple(known[name] for name in dict.fromkeys(wanted) if name in known)
         source = dict(before.pin_source)
         if wish.pin_source is not None:

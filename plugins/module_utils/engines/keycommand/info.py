@@ -92,6 +92,9 @@ def _gaps(found: Facts, options: Options | None) -> t.Iterator[str]:
         yield _KINDS[options.kind]
     yield from keyslot_gaps(found)
     yield from host_gaps(found)
-    yield f"Who acts as user {options.os_user} gets the secret without any further credential, and so does the server's superuser: the command answers that user."
+    yield (
+        f"Who acts as user {options.os_user} gets the secret without any further credential, and so does the server's superuser: "
+        "the command answers that user."
+    )
     if (found["pin_source"] or {}).get("kind", "none") == "none":
         yield "No PIN source is set: the command gives nothing to the server."

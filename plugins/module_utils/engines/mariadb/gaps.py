@@ -23,8 +23,10 @@ SETTINGS = {
 
 #: What no setting reaches (MariaDB's manual, "Data-at-Rest Encryption Overview", limitations; the cipher was read off real pages).
 LIMITS = (
-    "The Aria log, Aria and MyISAM tables made before, the table definitions (.frm), the buffer pool's list, error, general, slow and audit logs are in the clear.",
-    "Pages of the system tablespace that were free when it was encrypted keep what they held, old values of changed rows among them: only a new data directory is rid of them.",
+    "The Aria log, Aria and MyISAM tables made before, the table definitions (.frm), the buffer pool's list, error, general, slow and "
+    "audit logs are in the clear.",
+    "Pages of the system tablespace that were free when it was encrypted keep what they held, old values of changed rows among them: "
+    "only a new data directory is rid of them.",
     "Key 1 cannot be replaced: redo log, binary logs, the system tablespace, full-text indexes and the tables of database mysql stay under it.",
     "InnoDB derives a key of 128 bits for each tablespace from the data key of 256 bits: pages are under AES-128.",
 )
@@ -69,7 +71,10 @@ def _server(facts: Facts) -> t.Iterator[str]:
     others = server["tables_of_other_engines"]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        yield f"{len(others)} tables of users are not InnoDB's ({', '.join(others[:3])}{more}): Aria's are encrypted if they were made with its setting on, others never."
+        yield (
+            f"{len(others)} tables of users are not InnoDB's ({', '.join(others[:3])}{more}): Aria's are encrypted if they were made "
+            "with its setting on, others never."
+        )
     if server["redo_log"] == "plain":
         yield "The redo log is in the clear, with every change in it."
     plain = sorted(name for name, state in server["binary_logs"].items() if state != "encrypted")
