@@ -9,7 +9,7 @@ import typing as t
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
-from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import plan
+from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import plan, sql
 from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle.facts import (
     Container,
     Facts,
@@ -257,3 +257,15 @@ def test_a_closed_pdb_stops_a_rotation_before_it_begins() -> None:
         plan.master_keys(facts(containers=shut), wish(), "main", "2")
     assert caught.value.code == "oracle_containers_behind"
     assert plan.master_keys(facts(containers=shut), wish(containers=("PDB1",)), "main", "2")
+
+
+@pytest.mark.parametrize("code", [*sql._CODES, "ORA-03113", "ORA-12514", "DPY-6005", "ORA-00600", ""])
+def test_an_answer_of_the_server_is_told_by_its_number_and_says_what_to_do(code: str) -> None:
+    class Reason:
+        full_code = code
+        message = 'SET KEYSTORE OPEN IDENTIFIED BY "Geheim-1|one"'
+
+    error = sql.failure(Exception(Reason()), "keystore")
+    assert "Geheim" not in f"{error} {error.result()}"
+    assert code in str(error)
+    assert error.next_step

@@ -66,6 +66,10 @@ def failure(exc: BaseException, obj: str) -> TdeError:
 
 
 _NEXT = {
+    "ORA-28354": "Run again: it is looked at anew.",
+    "ORA-01017": "Check login_user, login_password and oracle.privilege.",
+    "ORA-01031": "Use oracle.privilege sysdba; syskm may neither set parameters nor open PDBs.",
+    "DPY-4001": "Give login_user and login_password, or use oracle.thick as a user of the group that may.",
     "ORA-28353": "Check the credential (nshield_info tells what there is) and that an HSM answers; after a change of the credential, restart.",
     "DPY-4024": "Check the HSM and the way to it, then run again: it goes on where it stopped.",
 }
