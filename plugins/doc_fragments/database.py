@@ -358,7 +358,8 @@ options:
       - With M(hsm.tde.tde_keystore), V(present) and V(open) lead to the same end. Whatever a restart is needed for is told by C(restart_required), and
         the same task, run again after the restart, goes on. PDBs that are closed are left behind, and told.
       - "Changes of the keyslot follow the order of Entrust's guide. Another passphrase: PDBs open, close, the HSM's own tool (C(ppmk), C(cardpp)),
-        restart, PDBs open, open, auto-login's secret. Another token takes its keys along with O(oracle.transfer_keys). Any other change of token or method is refused while
+        restart, PDBs open, open, auto-login's secret. Another token takes its keys along with O(oracle.transfer_keys). Any other change of
+        token or method is refused while
         anything is encrypted, unless O(oracle.safe_way_round)."
       - A tablespace is named C(PDB.NAME). One that exists is encrypted online where it is; an encryption that was broken off is finished. Nothing moves.
       - Only stand-ins of Oracle and nShield were run with it.
