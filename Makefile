@@ -19,13 +19,10 @@ watched-demo: setup
 	    --look /var/lib/hsm-tde-demo --look /tmp --look /var/tmp --look /var/log --look $(HOME)/.ansible -- \
 	    ansible-playbook -vvv -i localhost, playbooks/demo.yml
 
+SCENARIOS ?= default mariadb pg_tde oracle packaged fep
+
 molecule: setup
-	molecule test --scenario-name default
-	molecule test --scenario-name mariadb
-	molecule test --scenario-name pg_tde
-	molecule test --scenario-name packaged
-	molecule test --scenario-name fep
-	molecule test --scenario-name oracle
+	@for scenario in $(SCENARIOS); do molecule test --scenario-name $$scenario || exit 1; done
 
 test: setup
 	@.ci/test
