@@ -9,6 +9,7 @@ A wish holds secrets as :class:`Secret`; an outcome, a plan and facts never do.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import typing as t
 
@@ -16,6 +17,7 @@ from ..common.errors import TdeError
 from ..common.plan import Plan, public
 from ..common.secret import Secret
 from ..common.state import StateDirectory
+from . import record as records
 
 if t.TYPE_CHECKING:
     from ..kmip.access import KmipAccess
@@ -194,6 +196,7 @@ class Engine(abc.ABC):
     """A database engine.
 
     :param request: the cluster and how it is reached.
+    :raises TdeError: ``invalid_option`` for a cluster of another engine; those of reading the record.
     """
 
     #: The name by which users choose it.
@@ -211,6 +214,36 @@ class Engine(abc.ABC):
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.record = records.read(request.state, request.cluster)
+        if self.record and self.record.engine != self.name:
+            raise TdeError(
+                "invalid_option",
+                f"is a cluster of engine {self.record.engine}",
+                obj=f"cluster {request.cluster}",
+                next_step="Name that engine.",
+            )
+
+    def reread(self) -> None:
+        """Read the record again."""
+        self.record = records.read(self.request.state, self.request.cluster)
+
+    def known(self) -> records.Record:
+        """The record of a cluster that must have one.
+
+        :raises TdeError: ``cluster_unknown``.
+        """
+        if self.record is None:
+            raise TdeError(
+                "cluster_unknown",
+                f"has no record in {self.request.state.path}",
+                obj=f"cluster {self.request.cluster}",
+                next_step="Make its keystore first (tde_keystore with state=present).",
+            )
+        return self.record
+
+    def locked(self, check: bool) -> contextlib.AbstractContextManager[None]:
+        """One run at a time; a look needs no lock and leaves nothing behind."""
+        return contextlib.nullcontext() if check else self.request.state.locked()
 
     def require(self, capability: str) -> None:
         """Refuse what the engine cannot do.

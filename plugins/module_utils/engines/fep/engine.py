@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import typing as t
 
@@ -37,39 +36,9 @@ class Fep(Engine):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self.record = records.read(request.state, request.cluster)
-        if self.record and self.record.engine != self.name:
-            raise TdeError(
-                "invalid_option",
-                f"is a cluster of engine {self.record.engine}",
-                obj=f"cluster {request.cluster}",
-                next_step="Name that engine.",
-            )
         self.options: Options = complete(request.options, self.record.options if self.record else {}, request.cluster)
 
     # --- what all services share
-
-    def locked(self, check: bool) -> contextlib.AbstractContextManager[None]:
-        """One run at a time; a look needs no lock and leaves nothing behind."""
-        return contextlib.nullcontext() if check else self.request.state.locked()
-
-    def reread(self) -> None:
-        """Read the record again."""
-        self.record = records.read(self.request.state, self.request.cluster)
-
-    def known(self) -> records.Record:
-        """The record of a cluster that must have one.
-
-        :raises TdeError: ``cluster_unknown``.
-        """
-        if self.record is None:
-            raise TdeError(
-                "cluster_unknown",
-                f"has no record in {self.request.state.path}",
-                obj=f"cluster {self.request.cluster}",
-                next_step="Make its keystore first (tde_keystore with state=present).",
-            )
-        return self.record
 
     def acts(self) -> Acts:
         """The acts on this cluster."""

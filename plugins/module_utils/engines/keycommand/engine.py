@@ -52,14 +52,6 @@ class Keycommand(Engine):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self.record = records.read(request.state, request.cluster)
-        if self.record and self.record.engine != self.name:
-            raise TdeError(
-                "invalid_option",
-                f"is a cluster of engine {self.record.engine}",
-                obj=f"cluster {request.cluster}",
-                next_step="Name that engine.",
-            )
         self.given = secret_from_option("secret", request.options.get("secret"))
 
     # --- what all services share
@@ -80,20 +72,6 @@ class Keycommand(Engine):
     def own_request(self, side: UserSide) -> Request:
         """The task's request on the user's own state directory."""
         return dataclasses.replace(self.request, state=side.own, options=self.options.given)
-
-    def known(self) -> records.Record:
-        """The record of a cluster that must have one.
-
-        :raises TdeError: ``cluster_unknown``.
-        """
-        if self.record is None:
-            raise TdeError(
-                "cluster_unknown",
-                f"has no record in {self.request.state.path}",
-                obj=f"cluster {self.request.cluster}",
-                next_step="Make its keystore first (tde_keystore with state=present).",
-            )
-        return self.record
 
     def _locked(self, check: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if check else self.request.state.locked()

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import os
@@ -23,7 +22,7 @@ from .act import Acts
 from .options import Options, complete
 
 if t.TYPE_CHECKING:
-    from ...storage.proof import ProofTarget
+    pass
 
 #: Times that a plan is made and carried out before the run gives up: a table is created while its database is encrypted.
 _ROUNDS = 6
@@ -39,15 +38,6 @@ class MariaDb(Engine):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self.record: records.Record | None = None
-        self.reread()
-        if self.record and self.record.engine != self.name:
-            raise TdeError(
-                "invalid_option",
-                f"is a cluster of engine {self.record.engine}",
-                obj=f"cluster {request.cluster}",
-                next_step="Name that engine.",
-            )
         connection = request.connection
         self.options: Options = complete(
             request.cluster,
@@ -58,24 +48,6 @@ class MariaDb(Engine):
         )
 
     # --- what all services share
-
-    def reread(self) -> None:
-        """Read the record again."""
-        self.record = records.read(self.request.state, self.request.cluster)
-
-    def known(self) -> records.Record:
-        """The record of a cluster that must have one.
-
-        :raises TdeError: ``cluster_unknown``.
-        """
-        if self.record is None:
-            raise TdeError(
-                "cluster_unknown",
-                f"has no record in {self.request.state.path}",
-                obj=f"cluster {self.request.cluster}",
-                next_step="Make its keystore first (tde_keystore with state=present).",
-            )
-        return self.record
 
     def keyring(self, wishes: t.Sequence[SlotWish], check: bool) -> Keyring:
         """The cluster's data keys, looked at."""
@@ -99,10 +71,6 @@ class MariaDb(Engine):
         if state.process is None:
             raise TdeError("server_not_local", f"no server on this host works on {said}", obj=f"MariaDB at {state.access.where}")
         return state
-
-    def locked(self, check: bool) -> contextlib.AbstractContextManager[None]:
-        """One run at a time; a look needs no lock and leaves nothing behind."""
-        return contextlib.nullcontext() if check else self.request.state.locked()
 
     def record_step(self, record: records.Record, why: str) -> Plan:
         """The step that writes the record, if it says something new."""
@@ -189,9 +157,6 @@ class MariaDb(Engine):
         from .info import collect
 
         return collect(self)
-
-    def proof_targets(self, wish: ProofWish) -> list[ProofTarget]:
-        return []
 
     def proofs(self, wish: ProofWish, *, canary: bool) -> list[Facts]:
         from .proof import proofs

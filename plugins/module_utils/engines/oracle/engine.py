@@ -50,14 +50,6 @@ class Oracle(Engine):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self.record = records.read(request.state, request.cluster)
-        if self.record and self.record.engine != self.name:
-            raise TdeError(
-                "invalid_option",
-                f"is a cluster of engine {self.record.engine}",
-                obj=f"cluster {request.cluster}",
-                next_step="Name that engine.",
-            )
         self.options: Options = complete(request.options, self.record.options if self.record else {}, request.connection.database)
 
     def opened_with(self) -> str:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -39,15 +38,6 @@ class PgTde(Engine):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self.record: records.Record | None = None
-        self.reread()
-        if self.record and self.record.engine != self.name:
-            raise TdeError(
-                "invalid_option",
-                f"is a cluster of engine {self.record.engine}",
-                obj=f"cluster {request.cluster}",
-                next_step="Name that engine.",
-            )
         recorded: t.Mapping[str, t.Any] = self.record.options if self.record else {}
         self.options: Options = complete(request.cluster, request.options, recorded, request.connection.database)
         self.service = request.kmip or (self.record.service(recorded.get("service")) if self.record else None)
@@ -73,24 +63,6 @@ class PgTde(Engine):
 
     def opened_with(self) -> str:
         return "keyslot" if self.uses_store else "nothing"
-
-    def reread(self) -> None:
-        """Read the record again."""
-        self.record = records.read(self.request.state, self.request.cluster)
-
-    def known(self) -> records.Record:
-        """The record of a cluster that must have one.
-
-        :raises TdeError: ``cluster_unknown``.
-        """
-        if self.record is None:
-            raise TdeError(
-                "cluster_unknown",
-                f"has no record in {self.request.state.path}",
-                obj=f"cluster {self.request.cluster}",
-                next_step="Make its keystore first (tde_keystore with state=present).",
-            )
-        return self.record
 
     def check_slots(self, slots: t.Sequence[SlotWish] | None) -> None:
         """Refuse keyslots that the provider has no use for.
@@ -125,10 +97,6 @@ class PgTde(Engine):
         if state.server.misplaced and state.error:
             raise state.error
         return state
-
-    def locked(self, check: bool) -> contextlib.AbstractContextManager[None]:
-        """One run at a time; a look needs no lock and leaves nothing behind."""
-        return contextlib.nullcontext() if check else self.request.state.locked()
 
     def today(self) -> datetime.date:
         return datetime.datetime.now(datetime.timezone.utc).date()
