@@ -31,7 +31,7 @@ from .options import Options, complete
 from .work import Work, opens
 
 if t.TYPE_CHECKING:
-    from ...storage.proof import ProofTarget
+    pass
 
 Facts = t.Dict[str, t.Any]
 
@@ -232,9 +232,6 @@ class Keycommand(Engine):
         from .info import collect
 
         return collect(self)
-
-    def proof_targets(self, wish: ProofWish) -> list[ProofTarget]:
-        return []
 
     def proofs(self, wish: ProofWish, *, canary: bool) -> list[Facts]:
         from .proof import proofs
