@@ -18,6 +18,7 @@ import typing as t
 from pathlib import Path
 from unittest import mock
 
+from ansible_collections.hsm.tde.plugins.module_utils.command import main as command
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
@@ -170,6 +171,28 @@ class Host:
         self.run("tde_keystore", keyslots=estate.SLOTS)
         assert self.run("tde_keystore", state="open")["restart_required"]
         self.server.restart()
+
+    def boots(self, secret: str | None = None) -> bool:
+        """The memory is empty, and the host opens its keystore as at boot, with what it keeps or a passphrase; the server is down.
+
+        :returns: whether it could.
+        """
+        # The call of a killed task's orphan may have the folder open for a moment.
+        deadline = time.monotonic() + 10
+        while os.path.ismount(self.keys) and time.monotonic() < deadline:
+            if subprocess.run(["umount", str(self.keys)], check=False, capture_output=True).returncode:
+                time.sleep(0.05)
+
+        def act() -> int:
+            arguments = ["--state-directory", str(self.state), "open", "main"]
+            if secret:
+                reader, writer = os.pipe()
+                os.write(writer, secret.encode())
+                os.close(writer)
+                arguments += ["--passphrase-fd", str(reader)]
+            return command.main(arguments)
+
+        return support.in_child(act) == 0
 
     def spaces(self) -> dict[str, str]:
         """The number of the key of each InnoDB tablespace that is wholly encrypted."""

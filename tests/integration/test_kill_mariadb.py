@@ -1,7 +1,10 @@
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The rotation of a MariaDB server's data keys killed at random moments, before and after the restart that it needs, then run
-again: the wished state, every row, no key at rest. The server, too, is killed while tables are built anew."""
+"""A MariaDB server's work killed at random moments, then run again: the wished state, every row, no key at rest.
+
+The rotation of its data keys, before and after the restart that it needs; the server, too, is killed while tables are built
+anew. And what its keys are protected by: from the token to KMIP, to a passphrase and back, with an outage and a boot in between.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,19 @@ from pathlib import Path
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
-from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import PassphraseCredential, TokenCredential
+from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import (
+    Credential,
+    KeyStore,
+    KmipCredential,
+    PassphraseCredential,
+    TokenCredential,
+)
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import kmip_access
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.tests.integration import killing, mariadb
-from ansible_collections.hsm.tde.tests.integration.estate import PASSPHRASE
+from ansible_collections.hsm.tde.tests.integration.estate import PASSPHRASE, RECOVERY, SLOTS
+from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer
 from ansible_collections.hsm.tde.tests.integration.mariadb import Host
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not mariadb.usable(), reason="needs root, MariaDB's server and SoftHSM")]
@@ -127,3 +140,112 @@ def test_a_rotation_killed_at_random_moments(home: Path, count: int) -> None:
     finally:
         print(first, second, f"{hosts} hosts", sep="\n")
     assert len(first.found) > 1, "every kill left the same to do"
+
+
+# --- what the keys are protected by
+
+OWN_PASSPHRASE = "a passphrase of its own"
+WAYS: dict[str, dict[str, t.Any]] = {
+    "passphrase": {"name": "primary", "protection": "passphrase", "passphrase": OWN_PASSPHRASE},
+    "token": {"name": "primary", "token_label": "demo"},
+    "kmip": {"name": "primary", "protection": "kmip"},
+}
+#: Kills of one kind of migration.
+SOME, ALL = 2, 50
+
+
+class Protected:
+    """A server whose keys' protection changes. :ivar way: it now; :ivar keys: the data keys, as they must stay."""
+
+    def __init__(self, host: Host, service: KmipServer) -> None:
+        self.host, self.service = host, service
+        self.options = service.options(host.home.name)
+        self.way = "token"
+        self.pin_file = host.home / "etc/pin"
+        host.run("tde_keystore", keyslots=SLOTS, pin_source={"kind": "file", "path": str(self.pin_file)})
+        self.keys = self.opened("token")
+        self.rows = rows(host)
+        self.boots = 0
+
+    def task(self, way: str) -> killing.Task:
+        """What brings the keyslot ``primary`` under a protection."""
+        slot = dict(WAYS[way])
+        if way == "token":
+            slot["pin"] = self.host.hsm.pin
+        # Each key is opened by what it is under: the credentials of before and of then are the task's.
+        arguments = self.host.arguments(keyslots=[slot, RECOVERY], **self.options)
+        return killing.task("tde_keystore", arguments)
+
+    def credential(self, way: str) -> Credential:
+        if way == "kmip":
+            access = kmip_access(self.options)
+            assert access
+            return KmipCredential(access)
+        if way == "token":
+            return TokenCredential(self.host.hsm.access())
+        return PassphraseCredential(Secret(OWN_PASSPHRASE))
+
+    def opened(self, way: str) -> dict[str, bytes]:
+        """All data keys, which the protection and the recovery passphrase open alike."""
+        return killing.opened(self.host.state, [self.credential(way)], [PassphraseCredential(Secret(PASSPHRASE))])
+
+    def boot(self, *ways: str) -> None:
+        """An outage, the boot with what one of the protections asks for, and every row."""
+        self.boots += 1
+        self.host.server.kill()
+        assert any(self.host.boots(OWN_PASSPHRASE if way == "passphrase" else None) for way in ways), "no way opens it"
+        self.host.server.start()
+        assert rows(self.host) == self.rows
+
+    def sound(self, work: killing.Task) -> None:
+        """What holds after the last run of a migration."""
+        done = killing.run(work)
+        assert (done["changed"], done["restart_required"]) == (False, False)
+        assert self.opened(self.way) == self.keys
+        for key in KeyStore(StateDirectory(str(self.host.state)), "main").describe():
+            assert sorted(slot["name"] for slot in key["keyslots"]) == ["primary", "recovery"]
+            assert all(slot["proved"] for slot in key["keyslots"])
+            assert {slot["protection"] for slot in key["keyslots"] if slot["name"] == "primary"} == {self.way}
+        access = kmip_access(self.options)
+        assert access
+        with Client(access) as client:
+            assert len(client.locate("hsm-tde.main")) <= 1, "a KEK was made twice"
+        assert killing.in_token(self.host.hsm.access(), self.host.state, ["hsm-tde.main"]) == [1]
+        self.host.journal()
+        killing.no_leftovers(self.host.home)
+        secrets = [self.host.hsm.pin.encode(), PASSPHRASE.encode(), OWN_PASSPHRASE.encode(), *self.keys.values()]
+        killing.no_secret(secrets, self.host.home, but=[self.host.keys, self.pin_file])
+
+
+@pytest.mark.parametrize(
+    ("way", "count"),
+    [
+        pytest.param("kmip", SOME, id="kmip-few"),
+        *(pytest.param(way, ALL, id=f"{way}-many", marks=pytest.mark.slow) for way in WAYS),
+    ],
+)
+def test_a_migration_killed_at_random_moments(home: Path, kmip_server: KmipServer, way: str, count: int) -> None:
+    """To one protection from each of the others, so many times each; the server boots after each, and often right after the kill."""
+    kills = killing.AtRandom(f"migration to {way}", SEED)
+    unkilled = 0
+    with encrypted(home / f"{way}.{count}") as host:
+        protected = Protected(host, kmip_server)
+        others = [one for one in WAYS if one != way]
+        try:
+            while kills.killed < count:
+                before = others[(kills.killed + kills.ended) % 2]
+                if protected.way != before:
+                    killing.run(protected.task(before))
+                    unkilled += 1
+                protected.way = way
+                work = protected.task(way)
+                kills.begin(work)
+                if kills.killed % 2:
+                    protected.boot(before, way)
+                kills.finish(work)
+                protected.sound(work)
+                protected.boot(way)
+        finally:
+            print(kills, f"{unkilled} migrations between, {protected.boots} boots", sep="\n")
+    if count > SOME:
+        assert len(kills.found) > 1, "every kill left the same to do"
