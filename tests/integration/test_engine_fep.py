@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.command import zipapp
+from ansible_collections.hsm.tde.plugins.module_utils.engines.base import Connection
+from ansible_collections.hsm.tde.plugins.module_utils.engines.fep import sql
 from ansible_collections.hsm.tde.tests.integration import fep, fepestate, postgres, support, userhost
 from ansible_collections.hsm.tde.tests.integration.fepestate import NEW_PASSPHRASE, PASSPHRASE, FepEstate
 
@@ -128,6 +131,19 @@ def test_others_cannot_slip_a_function_under_its_name(file_cluster: FepEstate) -
     finally:
         cluster.server.psql(rename.format("away", "pgx_set_master_key"))
     assert cluster.server.psql("SELECT count(*) FROM trap.got") == "0"
+
+
+def test_libraries_that_log_are_silent_in_the_session_that_sends_a_secret(file_cluster: FepEstate) -> None:
+    """pgaudit with log_parameter, and auto_explain of PostgreSQL 16, wrote the passphrase to the server's log."""
+    server = file_cluster.server
+    access = sql.access(Connection(), postgres.USER, socket=str(server.socket), port=None)
+    port = server.psql("SHOW port")
+    with sql.quiet(dataclasses.replace(access, port=int(port))) as session:
+        shown = {
+            name: session.execute("SELECT current_setting(%s)", (name,)).fetchone()
+            for name in ("pgaudit.log", "pgaudit.log_parameter", "auto_explain.log_min_duration")
+        }
+    assert shown == {"pgaudit.log": ("none",), "pgaudit.log_parameter": ("off",), "auto_explain.log_min_duration": ("-1",)}
 
 
 def test_an_older_spelling_of_the_function_is_used_where_it_is_the_one(file_cluster: FepEstate) -> None:

@@ -59,10 +59,14 @@ _QUIET = (
     "SET debug_print_plan = off",
     "SET track_activities = off",
     "SET lc_messages = 'C'",
+    # Libraries that many servers load, and which log values whatever the server's own parameters say (pgaudit's manual; auto_explain since 16).
+    "SET pgaudit.log = 'none'",
+    "SET pgaudit.log_parameter = off",
+    "SET auto_explain.log_min_duration = -1",
 )
 
-#: undefined_object, and what an older server answers to a parameter that it does not know.
-_UNKNOWN_SETTING = ("42704", "22023")
+#: undefined_object, what an older server answers to a parameter that it does not know, and to one that a library does not have.
+_UNKNOWN_SETTING = ("42704", "22023", "42602")
 
 
 @dataclasses.dataclass(frozen=True)
