@@ -202,7 +202,9 @@ world_digest:
   type: str
   sample: 4c0b2a1d5d3f6a2d93d9e1c2b7a8f0e94c0b2a1d5d3f6a2d93d9e1c2b7a8f0e9
 clients_behind:
-  description: Other clients that have not got everything that changed on this one.
+  description: >-
+    Other clients that have not got everything that changed on this one, by what this collection did here and by the files of the
+    Security World, which tell of keys that a database made.
   returned: success
   type: list
   elements: dict

@@ -3,7 +3,7 @@
 """What this host remembers of nShield beside the Security World itself: changes that other clients have yet to get.
 
 ``<state>/nshield.json``: ``changes`` (numbered sentences), ``clients`` (the number up to which each other client was supplied),
-``committed`` (digest of the world that was last given to the remote file system), ``gang_clients`` (clients that this remote file
+``copies`` (digest of the copy of the world that each was supplied with), ``committed`` (digest of the world that was last given to the remote file system), ``gang_clients`` (clients that this remote file
 system lets in), ``cards`` (cards of a set that have got its new passphrase).
 """
 
@@ -27,7 +27,7 @@ def _path(state: StateDirectory) -> str:
 
 def load(state: StateDirectory) -> Remembered:
     """What is remembered; empty lists where nothing is."""
-    empty: Remembered = {"changes": [], "clients": {}, "committed": {}, "gang_clients": [], "cards": {}}
+    empty: Remembered = {"changes": [], "clients": {}, "copies": {}, "committed": {}, "gang_clients": [], "cards": {}}
     return {**empty, **read_json(_path(state), "record_damaged", {})}
 
 
@@ -47,11 +47,16 @@ def remember(state: StateDirectory, what: str) -> None:
     save(state, remembered)
 
 
-def behind(remembered: Remembered) -> list[dict[str, t.Any]]:
-    """The other clients that have not got all changes; pure. :returns: ``name``, ``needs`` (sentences)."""
+def behind(remembered: Remembered, digest: str | None) -> list[dict[str, t.Any]]:
+    """The other clients that have not got all changes; pure. :returns: ``name``, ``needs`` (sentences).
+
+    :param digest: of this client's copy now; it tells of keys that a database made, which nobody notes.
+    """
     found = []
     for name, number in sorted(remembered["clients"].items()):
         needs = [f"{change['time']}: {change['what']}" for change in remembered["changes"] if change["number"] > number]
+        if not needs and remembered["copies"].get(name, digest) != digest:
+            needs = ["Files of the Security World, which are the keys, have changed since it was supplied."]
         if needs:
             found.append({"name": name, "needs": needs})
     return found

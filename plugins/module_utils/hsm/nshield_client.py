@@ -221,7 +221,7 @@ def configure(tools: Nshield, wish: ClientWish, state: StateDirectory, *, check_
     new = edited(text, wish.variables)
     remembered = nshield_changes.load(state)
     digest = _digest(tools)
-    before = {"variables": variables(text), "world_digest": digest, "clients_behind": nshield_changes.behind(remembered)}
+    before = {"variables": variables(text), "world_digest": digest, "clients_behind": nshield_changes.behind(remembered, digest)}
     plan = _plan(rc, text != new, wish, remembered, digest, _configured(tools, wish.distribution))
     if any(step.action == "update_from_rfs" for step in plan) and check_mode:
         warnings.append("What an update from the remote file system would bring is seen only when it is made.")
@@ -236,7 +236,7 @@ def configure(tools: Nshield, wish: ClientWish, state: StateDirectory, *, check_
     shown = new if check_mode else text
     told = variables(shown)
     changed = [step for step in plan if step.action != "update_from_rfs"]
-    after = {"variables": told, "world_digest": digest, "clients_behind": nshield_changes.behind(remembered)}
+    after = {"variables": told, "world_digest": digest, "clients_behind": nshield_changes.behind(remembered, digest)}
     return ClientOutcome(
         plan=plan,
         changed=bool(changed) or digest != before["world_digest"],
@@ -246,7 +246,7 @@ def configure(tools: Nshield, wish: ClientWish, state: StateDirectory, *, check_
         variables=told,
         overridden=overriding(wish.processes_of, told),
         digest=digest,
-        behind=nshield_changes.behind(remembered),
+        behind=nshield_changes.behind(remembered, digest),
         before=before,
         after=after,
     )
@@ -258,10 +258,10 @@ def _plan(rc: str, edit: bool, wish: ClientWish, remembered: t.Mapping[str, t.An
     last = remembered["changes"][-1]["number"] if remembered["changes"] else 0
     new = {name: known.get(name, last) for name in wish.clients} if wish.clients is not None else dict(known)
     new.update({name: last for name in wish.supplied})
-    if new != known:
-        plan.append(
-            Step("remember_clients", f"clients {', '.join(sorted(new))}", "who has which copy of the world", {"clients": new})
-        )
+    copies = {name: digest if name in wish.supplied else remembered["copies"].get(name, digest) for name in new}
+    if (new, copies) != (known, remembered["copies"]):
+        data = {"clients": new, "copies": copies}
+        plan.append(Step("remember_clients", f"clients {', '.join(sorted(new))}", "who has which copy of the world", data))
     way = wish.distribution
     if way is None:
         return plan
@@ -301,8 +301,10 @@ def _handlers(tools: Nshield, wish: ClientWish, state: StateDirectory, rc: str, 
 
     def set_up(step: Step) -> None:
         how = ["--authenticate"] if way.authenticate else ["--no-authenticate"]
-        peer = [part for part in (way.address, way.esn, way.key_hash) if part]
-        tools.run("rfs-sync", "--setup", "-p", str(way.port), *how, *(peer if way.authenticate else peer[:1]))
+        # Security Manual, "Configuring client cooperation"; rfs-setup takes the two without names.
+        if way.authenticate and way.key_hash:
+            how += ["--rfs-hkneti", way.key_hash, *(["--rfs-esn", way.esn] if way.esn else [])]
+        tools.run("rfs-sync", "--setup", "-p", str(way.port), *how, way.address or "")
 
     def commit(step: Step) -> None:
         tools.run("rfs-sync", "--commit")
@@ -313,12 +315,19 @@ def _handlers(tools: Nshield, wish: ClientWish, state: StateDirectory, rc: str, 
     def update(step: Step) -> None:
         before = _digest(tools)
         tools.run("rfs-sync", "--update")
-        if _digest(tools) != before:
-            journal.append("update_world", step.obj, digest=_digest(tools))
+        digest = _digest(tools)
+        if digest != before:
+            # What came from elsewhere is no change of this client: who had its copy is not behind by it.
+            remember(
+                lambda remembered: remembered["copies"].update(
+                    {name: digest for name, copy in remembered["copies"].items() if copy == before}
+                )
+            )
+            journal.append("update_world", step.obj, digest=digest)
 
     return {
         "write_variables": write_variables,
-        "remember_clients": lambda step: remember(lambda remembered: remembered.update(clients=step.data["clients"])),
+        "remember_clients": lambda step: remember(lambda remembered: remembered.update(step.data)),
         "admit_client": admit,
         "set_up_sync": set_up,
         "commit_to_rfs": commit,

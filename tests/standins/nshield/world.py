@@ -158,8 +158,11 @@ class Client:
         self.local = pathlib.Path(kmdata or self.home / "kmdata") / "local"
 
     @classmethod
-    def install(cls, home: pathlib.Path, hsm: Hsm, name: str) -> Client:
-        """The software on a host: commands, an empty kmdata, the hardserver running."""
+    def install(cls, home: pathlib.Path, hsm: Hsm, name: str, modules: t.Sequence[int] | None = None) -> Client:
+        """The software on a host: commands, an empty kmdata, the hardserver running.
+
+        :param modules: the HSMs that this host uses, by their numbers; None for all.
+        """
         client = cls(home)
         (client.home / "bin").mkdir(parents=True)
         client.local.mkdir(parents=True)
@@ -169,7 +172,16 @@ class Client:
             text = text.replace("HERE = None", f"HERE = {str(HERE)!r}", 1)
             (client.home / "bin" / command).write_text(text)
             (client.home / "bin" / command).chmod(0o755)
-        write(client.home / "standin.json", {"hsm": str(hsm.path), "name": name, "hardserver": True, "rfs": None, "base": {}})
+        settings = {
+            "hsm": str(hsm.path),
+            "name": name,
+            "hardserver": True,
+            "modules": modules,
+            "kneti": _hash(),
+            "rfs": None,
+            "base": {},
+        }
+        write(client.home / "standin.json", settings)
         with hsm.change() as state:
             state["hosts"][name] = str(client.home)
         return client
@@ -264,9 +276,15 @@ class Client:
         content = self.softcards().get(identifier) or self.cardsets().get(identifier)
         return content["name"] if content else identifier
 
+    def modules(self) -> list[Json]:
+        """The HSMs that this host uses, numbered from 1 as its hardserver does."""
+        used = self.settings["modules"]
+        found = [module for module in self.hsm.state()["modules"] if used is None or module["number"] in used]
+        return [{**module, "number": number} for number, module in enumerate(found, 1)]
+
     def slots(self) -> t.Iterator[tuple[int, int, str | None]]:
         """(module, slot, card) of every slot of a usable module."""
-        for module in self.hsm.state()["modules"]:
+        for module in self.modules():
             for slot, card in enumerate(module["slots"]):
                 yield module["number"], slot, card
 

@@ -59,9 +59,16 @@ def test_who_lacks_what(tmp_path):
     remembered["clients"]["c"] = remembered["changes"][-1]["number"]
     changes.save(state, remembered)
     changes.remember(state, "keys moved")
-    found = changes.behind(changes.load(state))
+    found = changes.behind(changes.load(state), "digest")
     assert [(item["name"], len(item["needs"])) for item in found] == [("b", 2), ("c", 1)]
     assert found[1]["needs"][0].endswith("keys moved")
+
+
+def test_keys_that_a_database_made_are_lacked_by_others_though_nobody_noted_them(tmp_path):
+    state = StateDirectory(str(tmp_path / "state"))
+    remembered = {**changes.load(state), "clients": {"b": 0, "c": 0}, "copies": {"b": "old", "c": "new"}}
+    assert [item["name"] for item in changes.behind(remembered, "new")] == ["b"]
+    assert [item["name"] for item in changes.behind(remembered, "old")] == ["c"]
 
 
 def test_cards_that_got_the_new_passphrase_are_remembered_until_all_have_it(tmp_path):
