@@ -320,3 +320,47 @@ def test_the_boot_opens_it_without_a_pin_of_root_s(plugin_cluster: FepEstate) ->
     told = subprocess.run([*argv[:1], "self-test", "main"], capture_output=True, text=True, timeout=60, check=False)
     assert told.returncode == 0, told.stdout
     assert fep.STANDIN.exists()
+
+
+# --- what must not be taken for something else
+
+
+def test_another_server_is_sent_nothing(file_cluster: FepEstate, plugin_cluster: FepEstate) -> None:
+    """Fleets have the same paths on every host: a login to another one must not set or rotate its master key."""
+    other = {"passphrase": PASSPHRASE, "login_unix_socket": str(plugin_cluster.server.socket)}
+    for module, wish in (
+        ("tde_keystore", {"keyslots": SLOTS}),
+        ("tde_keystore", {"state": "open"}),
+        ("tde_master_key", {"state": "rotated", "tag": "elsewhere"}),
+        ("tde_tablespace", {"tablespaces": [{"name": "sealed", "move": {"databases": ["postgres"]}}]}),
+    ):
+        file_cluster.refused(module, "server_foreign", **other, **wish)
+
+
+def test_what_does_not_show_is_not_made_anew(file_cluster: FepEstate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that is not mounted, another folder named by mistake: no second cluster, no second master key."""
+    cluster, data = file_cluster, file_cluster.server.data
+    creating = {**cluster.options, "create_cluster": True}
+    moved = {**cluster.options, "keystore_location": str(cluster.home / "keystore-moved")}
+    cluster.refused("tde_keystore", "keystore_unreachable", keyslots=SLOTS, fep=moved)
+    # A host whose journal knows nothing: the keystore was made by hand.
+    monkeypatch.setattr(cluster, "state", cluster.home / "state-adopting")
+    result = cluster.refused("tde_keystore", "keystore_unreachable", keyslots=SLOTS, fep=moved)
+    assert cluster.options["keystore_location"] in result["msg"]
+    assert cluster.steps("tde_keystore", passphrase=PASSPHRASE, keyslots=SLOTS) == ["write_record"]
+    cluster.refused("tde_keystore", "keystore_unreachable", keyslots=SLOTS, fep=moved)
+    assert not Path(moved["keystore_location"]).exists()
+
+    cluster.server.stop()
+    away = data.with_name("away")
+    data.rename(away)
+    data.mkdir(mode=0o700)
+    shutil.chown(data, postgres.USER, postgres.USER)
+    try:
+        cluster.refused("tde_keystore", "place_unreachable", keyslots=SLOTS, fep=creating)
+        assert list(data.iterdir()) == []
+    finally:
+        data.rmdir()
+        away.rename(data)
+        cluster.server.start()
+    assert cluster.steps("tde_keystore", state="open", passphrase=PASSPHRASE) == ["open_keystore"]

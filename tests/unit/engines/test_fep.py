@@ -69,6 +69,14 @@ def test_our_line_is_the_last_and_there_once(lines: list[str]) -> None:
     assert not conf.includes(text + "port = 1\n", "/ks/hsm-tde.conf")
 
 
+def test_lines_end_where_they_end_for_the_server() -> None:
+    """str.splitlines knows more ends of lines than PostgreSQL: a comment would come alive, a PIN be cut."""
+    text = "# a\x0cport = 1\u2028port = 2\n"
+    assert conf.parse(text) == {}
+    assert conf.with_include(text, "/ks/hsm-tde.conf").startswith(text)
+    assert conf.parse(conf.render({}, "12\u202834"))[conf.PIN.lower()] == "12\u202834"
+
+
 def test_a_control_character_cannot_end_a_line() -> None:
     assert code(lambda: conf.quote("12\nport = 1")) == "invalid_option"
 
@@ -198,6 +206,13 @@ def test_the_keystore_s_file_settles_what_a_kill_left_open(
     assert key is not None
     assert key.tag == tag
     assert (open_act.took if open_act else None) is unsettled
+
+
+def test_a_keystore_that_does_not_show_settles_nothing() -> None:
+    """A rotation that was carried out, and a file system that is not mounted at the next run: it did not fail."""
+    begun = [entry(1, look.SET, "done"), entry(2, look.ROTATE, "begun", tag="2", before="a")]
+    unseen = {digest: look.master_key(begun, "main", digest)[1] for digest in ("", "a", "b")}
+    assert {digest: act.unseen for digest, act in unseen.items() if act} == {"": True, "a": False, "b": False}
 
 
 def test_another_cluster_s_journal_says_nothing() -> None:

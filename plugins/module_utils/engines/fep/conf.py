@@ -39,6 +39,11 @@ def quote(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
+def _lines(text: str) -> list[str]:
+    """As the server tells lines apart: str.splitlines would end one at characters that mean nothing to it."""
+    return text.removesuffix("\n").split("\n")
+
+
 def render(settings: t.Mapping[str, str], pin: str | None = None) -> str:
     """The include file's text. :param pin: a secret; the text is one then."""
     lines = [f"{name} = {quote(value)}\n" for name, value in settings.items()]
@@ -50,7 +55,7 @@ def render(settings: t.Mapping[str, str], pin: str | None = None) -> str:
 def parse(text: str) -> dict[str, str]:
     """Settings by name in lower case; the last of a name counts. Lines that set nothing are left out."""
     found = {}
-    for line in text.splitlines():
+    for line in _lines(text):
         match = _LINE.match(line)
         if match and not line.lstrip().startswith("#"):
             value = match[3] if match[2] is None else re.sub(r"\\(.)", r"\1", match[2].replace("''", "'"))
@@ -65,13 +70,13 @@ def include_line(path: str) -> str:
 
 def includes(text: str, path: str) -> bool:
     """Whether a postgresql.conf ends with our line, but for comments and blank lines."""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [line.strip() for line in _lines(text) if line.strip() and not line.lstrip().startswith("#")]
     return bool(lines) and lines[-1] == include_line(path)
 
 
 def with_include(text: str, path: str) -> str:
     """The postgresql.conf with our line as its last, once."""
-    lines = [line for line in text.splitlines() if not _INCLUDE.match(line)]
+    lines = [line for line in _lines(text) if not _INCLUDE.match(line)]
     return "\n".join([*lines, include_line(path), ""])
 
 
@@ -108,7 +113,7 @@ def kms_line(name: str, cluster: str) -> str:
 
 def kms_names(text: str) -> dict[str, str]:
     """The lines of a connection file by the name of the key management system."""
-    rows = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    rows = [line.split() for line in _lines(text) if line.strip() and not line.lstrip().startswith("#")]
     return {row[1]: " ".join(row) for row in rows if len(row) > 2}
 
 

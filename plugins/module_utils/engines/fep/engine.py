@@ -71,6 +71,8 @@ class Fep(Engine):
             key=key,
             auto_open_here=look.enabled_here(entries, cluster),
             life=str(memory.get("life") or ""),
+            adopted=bool(memory.get("adopted")),
+            elsewhere=look.elsewhere(options, files, server),
         )
 
     def settle(self) -> None:
@@ -78,7 +80,7 @@ class Fep(Engine):
         journal = Journal(self.request.state.journal)
         location = look.location(self.options)
         dummy, open_act = look.master_key(journal.entries(), self.request.cluster, location.digest)
-        if open_act:
+        if open_act and not open_act.unseen:
             key = open_act.key
             journal.append(
                 open_act.action,

@@ -200,8 +200,11 @@ class Keystore(Task):
             return []
         return [Step("write_pin_source", path, "so that the keystore opens at boot", {"path": path})]
 
-    def _record(self) -> records.Record:
+    def _record(self, state: look.State) -> records.Record:
         memory = look.memory(self.engine.record)
+        if state.made and state.key is None:
+            # The journal knows nothing of it; where it does not show later, none is made in its place.
+            memory["adopted"] = True
         connection = self.request.connection
         login = {"user": connection.user, "database": connection.database if connection.database != "postgres" else None}
         login = {name: value for name, value in login.items() if value is not None} or memory.get("login", {})
@@ -218,8 +221,8 @@ class Keystore(Task):
             pin_source=dict(self._source()),
         )
 
-    def _record_steps(self) -> Plan:
-        record = self._record()
+    def _record_steps(self, state: look.State) -> Plan:
+        record = self._record(state)
         if record == self.engine.record:
             return []
         path = self.request.state.cluster_record(record.cluster)
@@ -288,17 +291,25 @@ class Keystore(Task):
                     obj=f"data directory {options.data_directory}",
                     next_step="Create it (initdb), or set create_cluster.",
                 )
+            if state.remembered:
+                raise TdeError(
+                    "place_unreachable",
+                    "has no database cluster, and this host knows of its master key",
+                    obj=f"data directory {options.data_directory}",
+                    kept="None was created there.",
+                    next_step="Mount the file system that it is on, or restore it from a backup.",
+                )
             why = "there is no database cluster"
-            return [*self._record_steps(), Step("create_cluster", f"data directory {options.data_directory}", why)]
+            return [*self._record_steps(state), Step("create_cluster", f"data directory {options.data_directory}", why)]
         pin_steps = self._pin_plan()
         pin_wished = bool(options.auto_open) and options.keystore == HSM
         configured = plan.configuration(options, state, pin_wished=pin_wished, pin_given=self.wished is not None)
         steps = [*plan.strip_pin(state), *pin_steps] if pin_steps else []
-        steps += [*configured, *self._record_steps()]
+        steps += [*configured, *self._record_steps(state)]
         credential = self.credential()
         if options.keystore == PLUGIN:
             # What the host remembers of the server changes at each of its starts, and is none of the plugin's business.
-            published = dataclasses.replace(self._record(), options=self.options.given)
+            published = dataclasses.replace(self._record(state), options=self.options.given)
             steps += self.acts.userside().plan(published, self.wished)
         if plan.ready(options, state):
             made = plan.master_key(options, state, credential)

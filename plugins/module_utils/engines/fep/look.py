@@ -21,6 +21,7 @@ from ...pkcs11.registry import Registry
 from ...pkcs11.token import TokenAccess, TokenInfo, find
 from .. import record as records
 from ..base import Connection
+from ..postgresql import look as postgres_look
 from ..postgresql import server as servers
 from ..postgresql import sql as postgres
 from . import conf, sql
@@ -55,12 +56,13 @@ class MasterKey:
 class Unsettled:
     """An act on the master key that began and of which the journal does not know the end: its task was killed.
 
-    :param took: whether the keystore's file says that it was done.
+    :param took: whether the keystore's file says that it was done; :param unseen: it does not show, so it says nothing.
     """
 
     action: str
     key: MasterKey
     took: bool
+    unseen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,8 @@ class State:
 
     :param slot_id: the token's slot, None without a token. :param plugin: what the plugin's link leads to, "" without one.
     :param auto_open_here: keystore.aks was made on this host. :param life: the life of the server in which the keystore was known to be open.
+    :param adopted: the record knows a keystore that this host did not make.
+    :param elsewhere: another folder with a keystore, with which the server works or will, "" if there is none.
     """
 
     cluster: str
@@ -135,6 +139,13 @@ class State:
     key: MasterKey | None = None
     auto_open_here: bool = False
     life: str = ""
+    adopted: bool = False
+    elsewhere: str = ""
+
+    @property
+    def remembered(self) -> bool:
+        """Whether this host knows of a master key, shown or not."""
+        return self.key is not None or self.adopted
 
     @property
     def made(self) -> bool:
@@ -273,6 +284,15 @@ def digest(options: Options) -> str:
         raise os_error(exc, path) from None
 
 
+def elsewhere(options: Options, files: Files, server: Server) -> str:
+    """Another folder with a keystore, with which the server works, or will at its next start; "" if there is none."""
+    settings = server.facts.settings if server.facts else conf.parse(files.text)
+    path = settings.get("keystore_location", "")
+    if not path or os.path.realpath(path) == os.path.realpath(options.keystore_location or "/nonexistent"):
+        return ""
+    return path if os.path.lexists(os.path.join(path, KEYSTORE)) else ""
+
+
 def token(access: TokenAccess, state: StateDirectory) -> TokenInfo:
     """The token that is meant, found without a login."""
     return find(load(access.library), access.selector, Registry(state))
@@ -297,6 +317,8 @@ def server(options: Options, connection: Connection, recorded: t.Mapping[str, t.
     try:
         with postgres.connect(access) as opened:
             answer = postgres.inspect(opened)
+            # Before anything is believed of it, or sent to it: fleets have the same paths on every host.
+            postgres_look.works_on(opened.info.backend_pid, answer, access, options.data_directory or "")
             facts = sql.inspect(opened) if answer.superuser else None
     except TdeError as exc:
         return Server(access, process, error=exc)
@@ -325,7 +347,7 @@ def master_key(entries: Entries, cluster: str, digest: str) -> tuple[MasterKey |
     action, key, before = begun
     # Declaring the same key again does no harm, so it is done again; another rotation would make one key too many.
     took = action != DECLARE and bool(digest) and digest != before
-    return key if took else current, Unsettled(action, key, took)
+    return key if took else current, Unsettled(action, key, took, unseen=bool(before) and not digest)
 
 
 def tags(entries: Entries, cluster: str) -> set[str]:
@@ -351,6 +373,6 @@ def passphrase_known(memory: t.Mapping[str, t.Any], cluster: str, passphrase: Se
 
 
 def memory(record: records.Record | None) -> dict[str, t.Any]:
-    """What the record keeps beside the options: ``life``, ``passphrase``, ``login``."""
+    """What the record keeps beside the options: ``life``, ``passphrase``, ``login``, ``adopted``."""
     kept = record.options.get("memory") if record else None
     return dict(kept) if isinstance(kept, dict) else {}

@@ -160,14 +160,8 @@ def configuration(options: Options, state: State, *, pin_wished: bool, pin_given
     """
     steps: Plan = []
     path = options.keystore_location
-    if path and state.key is not None and KEYSTORE not in state.location.files:
-        raise TdeError(
-            "keystore_unreachable",
-            f"this host set a master key on {state.key.since[:10]}, and {KEYSTORE} is not there",
-            obj=f"keystore_location {path}",
-            kept="Nothing was created in its place.",
-            next_step="Mount the file system that it is on, or restore the keystore from a backup.",
-        )
+    if path and KEYSTORE not in state.location.files:
+        _nowhere_else(path, state)
     if path and not state.location.exists:
         steps.append(Step("make_keystore_directory", path, "it is missing", {"path": path}))
     elif path and not state.location.private:
@@ -203,6 +197,29 @@ def configuration(options: Options, state: State, *, pin_wished: bool, pin_given
             )
         )
     return steps
+
+
+def _nowhere_else(path: str, state: State) -> None:
+    """Refuse to make a second keystore: what is encrypted under the first could not be read.
+
+    :raises TdeError: ``keystore_unreachable``.
+    """
+    said, next_step = "", "Mount the file system that it is on, or restore the keystore from a backup."
+    if state.key is not None:
+        said = f"this host set a master key on {state.key.since[:10]}, and {KEYSTORE} is not there"
+    elif state.adopted:
+        said = f"this host found a keystore before, and {KEYSTORE} is not there"
+    elif state.elsewhere and not state.standby:
+        said = f"{KEYSTORE} is not there, and the server has one in {state.elsewhere}"
+        next_step = f"Name that folder, or copy {KEYSTORE} first."
+    if said:
+        raise TdeError(
+            "keystore_unreachable",
+            said,
+            obj=f"keystore_location {path}",
+            kept="Nothing was created in its place.",
+            next_step=next_step,
+        )
 
 
 def connection(options: Options, state: State, name: str, why: str) -> Plan:

@@ -241,7 +241,7 @@ def server(connection: Connection, options: Named, *, ask: bool = True) -> Serve
     try:
         with sql.connect(access) as opened:
             answer = sql.inspect(opened)
-            answer = dataclasses.replace(answer, data_directory=_works_on(opened.info.backend_pid, answer, access, directory))
+            answer = dataclasses.replace(answer, data_directory=works_on(opened.info.backend_pid, answer, access, directory))
     except TdeError as exc:
         return Server(access, directory, process, None, exc)
     if not directory:
@@ -250,7 +250,7 @@ def server(connection: Connection, options: Named, *, ask: bool = True) -> Serve
     return Server(access, directory, process, answer, None)
 
 
-def _works_on(pid: int, answer: sql.Server, access: sql.Access, directory: str) -> str:
+def works_on(pid: int, answer: sql.Server, access: sql.Access, directory: str) -> str:
     """The data directory of the server that answers, told by the kernel: what is said of one server's files must never be
     read off another's.
 
