@@ -23,7 +23,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeEr
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
-from ansible_collections.hsm.tde.tests.integration import postgres, refusals, support
+from ansible_collections.hsm.tde.tests.integration import filesystems, postgres, refusals, support
 from ansible_collections.hsm.tde.tests.integration.documented import documented
 
 PASSPHRASE = "correct horse battery"
@@ -143,7 +143,7 @@ class Estate:
     def unmount(self) -> None:
         """Take the storage away, as a reboot does, with the kernel keys."""
         if os.path.ismount(self.mount):
-            subprocess.run(["umount", str(self.mount)], check=True)
+            filesystems.reboot(self.mount)
 
     def raw(self, marker: str) -> int:
         """How often a text stands in the raw image."""

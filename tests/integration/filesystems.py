@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 import typing as t
 from pathlib import Path
 
@@ -26,6 +27,22 @@ def unmount(point: Path) -> None:
     while point.is_mount():
         if run("umount", point, check=False).returncode:
             run("umount", "-l", point)
+
+
+def reboot(point: Path) -> None:
+    """Unmount as a reboot does: the kernel's keys are gone, too.
+
+    A mount name space that another test made meanwhile has a copy of the mount and holds the file system, with its keys, as long as
+    that test lasts.
+    """
+    device = os.stat(point).st_dev
+    living = Path(f"/sys/fs/ext4/{Path(f'/sys/dev/block/{os.major(device)}:{os.minor(device)}').resolve().name}")
+    run("umount", point)
+    deadline = time.monotonic() + 60
+    while living.exists():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"another mount name space holds {point}")
+        time.sleep(0.05)
 
 
 def make(image: Path, mkfs: t.Sequence[str] = ENCRYPT, mebibytes: int = 48) -> Path:

@@ -23,7 +23,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secre
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.engines import load
 from ansible_collections.hsm.tde.plugins.module_utils.engines.base import KeystoreWish, Request, SlotWish
-from ansible_collections.hsm.tde.tests.integration import support
+from ansible_collections.hsm.tde.tests.integration import filesystems, support
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and kernel keys are root's")
 
@@ -85,7 +85,7 @@ class Host:
 
     def unmount(self) -> None:
         """As a reboot does: the keys and the mount are gone."""
-        subprocess.run(["umount", str(self.data.parent)], check=True, timeout=30)
+        filesystems.reboot(self.data.parent)
 
     def readable(self) -> bool:
         try:

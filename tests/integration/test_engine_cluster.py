@@ -134,7 +134,7 @@ def test_after_a_reboot_present_mounts_the_storage_and_leaves_the_place_as_it_is
 def test_a_crashed_server_whose_mount_is_gone_writes_no_plain_text(host: Estate) -> None:
     host.server.psql(f"INSERT INTO t SELECT g, '{MARKER} ' || g FROM generate_series(2001, 2010) g")
     host.server.kill()
-    subprocess.run(["umount", str(host.mount)], check=True)
+    host.unmount()
     below = {path.name for path in host.mount.iterdir()}
     assert host.server.start(check=False).returncode != 0
     assert {path.name for path in host.mount.iterdir()} == below == set()

@@ -25,7 +25,7 @@ from ..common.secret import Secret
 from ..common.state import StateDirectory
 from ..engines import keyslots, userside
 from ..engines.keycommand.secret import secret_file, secret_path, travels
-from ..engines.keyring import read_keks
+from ..engines.keyfacts import read_keks
 from ..engines.record import Record
 from ..keystore.secretfile import SecretFile
 from ..keystore.secretfile import unwrap as open_secret

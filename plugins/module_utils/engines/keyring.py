@@ -14,7 +14,6 @@ from ..common.check import established
 from ..common.errors import TdeError
 from ..common.journal import Journal
 from ..common.plan import Handlers, Plan, Step
-from ..keystore import recorded
 from ..keystore.passphrase import check_length
 from ..keystore.store import (
     KeyStore,
@@ -27,7 +26,7 @@ from ..keystore.store import (
 )
 from ..kmip import kek as kmip_kek
 from ..kmip.client import Client
-from ..pkcs11.envelope import COMPANION, load_kek
+from ..pkcs11.envelope import load_kek
 from ..pkcs11.kek import check_kek, create_kek
 from ..pkcs11.keys import KeyRef
 from ..pkcs11.library import load
@@ -35,6 +34,7 @@ from ..pkcs11.registry import Registry
 from ..pkcs11.token import TokenAccess, find, open_session
 from . import record as records
 from .base import Request, SlotWish
+from .keyfacts import read_keks, read_keys, token_of
 from .keyslots import KMIP, PASSPHRASE, TOKEN, Kek, Key, Slot, Token, Wanted, current_label, remembered
 from .record import Token as RecordedToken
 
@@ -55,57 +55,6 @@ _NOT_YET = (
     "opencryptoki_daemon_down",
     "opencryptoki_missing",
 )
-
-
-def _slot(facts: t.Mapping[str, t.Any]) -> Slot:
-    token = Token.of(facts["token_label"], facts["token_serial"] or "") if facts["token_label"] is not None else None
-    if facts["kmip_service"] is not None:
-        token = Token.service(facts["kmip_service"])
-    return Slot(
-        name=facts["name"],
-        uid=facts["uid"],
-        protection=facts["protection"],
-        created=facts["created"],
-        proved=facts["proved"],
-        token=token,
-        kek_label=facts["kek_label"] or "",
-        kek_id=facts["kek_id"] or "",
-        kek_kcv=facts["kek_kcv"] or "",
-        kek_leaves_server=facts["kek_leaves_server"] == "yes",
-    )
-
-
-def read_keys(store: KeyStore) -> list[Key]:
-    """Every data key's public facts.
-
-    :raises TdeError: ``keystore_unreachable`` and what makes a file unreadable.
-    """
-    return [
-        Key(
-            one["key_id"],
-            one["check_value"],
-            tuple(map(_slot, one["keyslots"])),
-            tuple(map(_slot, one["history"])),
-            last=one["recorded"] not in (recorded.ROLLED_BACK, recorded.OTHER),
-        )
-        for one in store.describe()
-    ]
-
-
-def read_keks(registry: Registry, cluster: str) -> list[Kek]:
-    """The master keys that the host remembers for a cluster, in the order in which they were made."""
-    return [
-        Kek(_token_of(entry), entry["label"], entry["since"], entry["id"])
-        for entry in registry.keys()  # noqa: SIM118 - a registry is no dictionary
-        if entry["cluster"] == cluster and not entry["label"].endswith(COMPANION)
-    ]
-
-
-def _token_of(entry: t.Mapping[str, str]) -> Token:
-    """Where the key of a registry's entry lies."""
-    if entry["cls"] == kmip_kek.CLASS:
-        return Token.service(entry["token_label"])
-    return Token.of(entry["token_label"], entry["token_serial"])
 
 
 class Keyring:
@@ -350,7 +299,7 @@ class Keyring:
                 continue
             token = Token(step.data["token_label"], step.data["token_serial"], step.data["protection"])
             for entry in self.registry.keys():  # noqa: SIM118 - a registry is no dictionary
-                same = entry["label"] == step.data["kek_label"] and _token_of(entry) == token
+                same = entry["label"] == step.data["kek_label"] and token_of(entry) == token
                 if same and entry["cluster"] not in ("", self.request.cluster):
                     raise TdeError(
                         "invalid_option",

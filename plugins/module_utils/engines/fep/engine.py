@@ -13,12 +13,10 @@ from ...common.journal import Journal
 from ...common.plan import Plan
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, ProofWish, Request, TablespacesWish
+from ..rounds import Decision, rounds
 from . import look, public, sql
 from .act import Acts
 from .options import HSM, PLUGIN, Options, complete
-
-#: Times that a plan is made and carried out before the run gives up.
-_ROUNDS = 4
 
 Facts = t.Dict[str, t.Any]
 
@@ -92,35 +90,9 @@ class Fep(Engine):
                 kms_name=key.kms_name,
             )
 
-    def rounds(self, decide: t.Callable[[], tuple[Plan, Facts]], run: t.Callable[[Plan], None], *, check: bool) -> Outcome:
-        """Look, decide and act until there is nothing left to do.
-
-        :raises TdeError: ``unfinished``.
-        """
-        steps, before = decide()
-        if check:
-            return Outcome(steps, before, public.expected(before, steps))
-        done: Plan = []
-        left, after = steps, before
-        for dummy in range(_ROUNDS):
-            if not left:
-                return Outcome(done, before, after)
-            try:
-                run(left)
-                done += left
-                left, after = decide()
-            except TdeError as error:
-                error.after([step.action for step in done])
-                raise
-        if left:
-            raise TdeError(
-                "unfinished",
-                f"{_ROUNDS} rounds were made, and there is still to do: {left[0].obj} ({left[0].action})",
-                obj=f"cluster {self.request.cluster}",
-                kept="What was done stays done.",
-                next_step="Run again; run with --check to see what is left.",
-            )
-        return Outcome(done, before, after)
+    def rounds(self, decide: t.Callable[[], tuple[Decision, Facts]], run: t.Callable[[Plan], Plan], *, check: bool) -> Outcome:
+        """Look, decide and act until there is nothing left to do; see :func:`engines.rounds.rounds`."""
+        return rounds(self.request.cluster, decide, run, public.expected, check=check)
 
     def usable(self, state: look.State) -> None:
         """Refuse a server that answers and is not one to work with.

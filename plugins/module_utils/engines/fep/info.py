@@ -12,7 +12,8 @@ import typing as t
 from ...common.journal import Journal
 from ..postgresql import info as postgres
 from ..postgresql import look as postgres_look
-from ..postgresql.gaps import ALWAYS, covered, host_gaps
+from ..postgresql.gaps import covered
+from ..telling import ALWAYS, host_gaps, same_disk, tried
 from . import look, plan
 from .options import FILE, HSM, PLUGIN
 
@@ -35,10 +36,10 @@ def collect(engine: Fep) -> Facts:
     server = look.server(options, connection, memory.get("login") or {})
     if options.data_directory is None and server.answer:
         options = dataclasses.replace(options, data_directory=server.answer.data_directory)
-    location = postgres.tried(problems, lambda: look.location(options), look.Location())
+    location = tried(problems, lambda: look.location(options), look.Location())
     unseen = look.Files(False, "", "")
-    files = postgres.tried(problems, lambda: look.files(options, None), unseen) if options.data_directory else unseen
-    entries = postgres.tried(problems, lambda: Journal(engine.request.state.journal).entries(), [])
+    files = tried(problems, lambda: look.files(options, None), unseen) if options.data_directory else unseen
+    entries = tried(problems, lambda: Journal(engine.request.state.journal).entries(), [])
     key, open_act = look.master_key(entries, cluster, location.digest)
     slot = (files.settings or {}).get("tde_z.slot_id", "")
     state = look.State(
@@ -89,7 +90,7 @@ def collect(engine: Fep) -> Facts:
             "set": key.since[:10] if key else None,
         },
     }
-    found["same_disk"] = postgres.same_disk(engine.request.state.path, found)
+    found["same_disk"] = same_disk(engine.request.state.path, found)
     others = [one for one in tablespaces if one["encryption"] != ENGINE]
     found["encrypted"] = bool(directory) and covered({**found, "tablespaces": others})
     found["gaps"] = list(sentences(found, state, bool(options.auto_open), algorithms is not None, bool(open_act)))

@@ -14,6 +14,7 @@ from ...pkcs11 import opencryptoki, pins, resting
 from ...pkcs11.token import TokenAccess, TokenInfo, open_session
 from .. import record as records
 from ..base import KeystoreWish, Outcome, SlotWish
+from ..rounds import Decision
 from . import look, plan, public
 from .options import FILE, HSM, PLUGIN, check_present
 
@@ -103,12 +104,13 @@ class Task:
         self.hand_over()
         return self.engine.state(self.acts, slot_id=self.find_token())
 
-    def run(self, steps: Plan) -> None:
+    def run(self, steps: Plan) -> Plan:
         """Carry a plan out."""
         from .engine import run_steps
 
         self.hand_over()
         run_steps(self.acts, steps)
+        return steps
 
     def finish(self, outcome: Outcome, state: look.State) -> Outcome:
         """The outcome with what all tasks return."""
@@ -238,7 +240,7 @@ class Keystore(Task):
         first = True
         state = self.seen()
 
-        def decide() -> tuple[Plan, Facts]:
+        def decide() -> tuple[Decision, Facts]:
             nonlocal state, first
             if first:
                 self._wish_credential(state)
@@ -251,7 +253,7 @@ class Keystore(Task):
             plan.check_coming(self.options, state)
             steps = self._steps(state)
             self.verify(steps)
-            return steps, public.facts(self.options, state)
+            return Decision(steps), public.facts(self.options, state)
 
         outcome = self.engine.rounds(decide, self.run, check=self.check)
         if any(step.action == "change_passphrase" for step in outcome.plan):
@@ -338,7 +340,7 @@ class Keystore(Task):
         state = self.seen()
         confirmed = False
 
-        def decide() -> tuple[Plan, Facts]:
+        def decide() -> tuple[Decision, Facts]:
             nonlocal state, confirmed
             state = self.seen()
             self._check_server(state)
@@ -352,7 +354,7 @@ class Keystore(Task):
                 confirmed = bool(steps) and by_itself
                 if not self.check:
                     self.verify(steps)
-            return steps, public.facts(self.options, state)
+            return Decision(steps), public.facts(self.options, state)
 
         outcome = self.engine.rounds(decide, self.run, check=self.check)
         if self.acts.found_open:

@@ -11,6 +11,7 @@ from ...common.errors import TdeError
 from ...common.journal import Journal
 from ...common.plan import Plan
 from ..base import MasterKeyWish, Outcome
+from ..rounds import Decision
 from . import look, plan, public
 from .keystore import Facts, Task
 from .options import PLUGIN
@@ -36,7 +37,7 @@ class MasterKey(Task):
             self.engine.known()
         state = self.seen()
 
-        def decide() -> tuple[Plan, Facts]:
+        def decide() -> tuple[Decision, Facts]:
             nonlocal state
             state = self.seen()
             self.engine.usable(state)
@@ -44,7 +45,7 @@ class MasterKey(Task):
             if plan.ready(self.options, state):
                 steps = self._steps(state)
                 self.verify(steps)
-            return steps, public.facts(self.options, state)
+            return Decision(steps), public.facts(self.options, state)
 
         outcome = self.engine.rounds(decide, self.run, check=self.check)
         outcome = self.finish(outcome, state)

@@ -8,7 +8,7 @@ import copy
 import typing as t
 
 from ...common.plan import Plan
-from . import look, plan
+from . import look
 from .options import Options
 
 Facts = t.Dict[str, t.Any]
@@ -52,9 +52,3 @@ def expected(before: Facts, steps: Plan) -> Facts:
             names = {"path": "location", "owner": "owner", "algorithm": "algorithm"}
             shown.update({words: data[name] for name, words in names.items() if data.get(name)})
     return after
-
-
-def restart_required(options: Options, state: look.State, steps: Plan) -> bool:
-    """Whether the server must be started, or started again, before the rest can be done."""
-    changes = any(step.action in ("write_include_file", "include_settings", "create_cluster") for step in steps)
-    return not plan.ready(options, state) and (changes or state.files.data)

@@ -17,6 +17,7 @@ from ..base import Outcome, TablespacesWish, TablespaceWish
 from ..postgresql import move
 from ..postgresql import sql as postgres
 from ..postgresql.tablespaces import FREED, MOVES, PG_UPGRADE, check_wishes, plan_moves
+from ..rounds import Decision
 from . import look, plan, public, sql
 
 if t.TYPE_CHECKING:
@@ -73,7 +74,6 @@ class Tablespaces:
                 ],
                 "moved": self.progress,
                 "notes": notes,
-                "restart_required": False,
             }
         )
         return outcome
@@ -88,7 +88,7 @@ class Tablespaces:
     def _has_cluster(self) -> bool:
         return os.path.lexists(os.path.join(self.options.data_directory or "/nonexistent", "PG_VERSION"))
 
-    def _coming(self) -> tuple[Plan, Facts]:
+    def _coming(self) -> tuple[Decision, Facts]:
         """The tablespaces that are to come."""
         self._state = self.engine.state(self.acts)
         steps = [
@@ -100,11 +100,11 @@ class Tablespaces:
             )
             for item in self.wish.items
         ]
-        return steps, public.facts(self.options, self.state)
+        return Decision(steps), public.facts(self.options, self.state)
 
     # --- deciding
 
-    def _decide(self) -> tuple[Plan, Facts]:
+    def _decide(self) -> tuple[Decision, Facts]:
         self.engine.reread()
         self._state = state = self.engine.state(self.acts)
         self.engine.usable(state)
@@ -128,7 +128,7 @@ class Tablespaces:
                 )
         algorithms = established(state.server.facts, "the server's facts").algorithms or {}
         steps += plan_moves(state.server.access, answer, self.wish.items, list(algorithms))
-        return steps, facts
+        return Decision(steps), facts
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -263,7 +263,7 @@ class Tablespaces:
 
     # --- acting
 
-    def _run(self, steps: Plan) -> None:
+    def _run(self, steps: Plan) -> Plan:
         from .engine import run_steps
 
         self.acts.record = self.engine.known()
@@ -273,6 +273,7 @@ class Tablespaces:
                 run_steps(self.acts, steps, {**self._handlers(access), **_moves(mover)})
             finally:
                 self.progress += mover.progress.rows
+        return steps
 
     def _handlers(self, access: postgres.Access) -> Handlers:
         return {

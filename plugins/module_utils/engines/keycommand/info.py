@@ -8,9 +8,8 @@ import dataclasses
 import typing as t
 
 from ...common.errors import TdeError
-from ..postgresql.gaps import host_gaps, keyslot_gaps
-from ..postgresql.info import same_disk
 from ..postgresql.server import postmaster
+from ..telling import host_gaps, keyslot_gaps, same_disk
 from .secret import CYBERTEC, EDB, SSL
 from .work import describe
 

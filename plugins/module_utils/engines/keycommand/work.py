@@ -34,9 +34,9 @@ from ...pkcs11.resting import resting_pins
 from ...pkcs11.token import TokenAccess, open_session
 from .. import keyslots
 from ..base import KeystoreWish, MasterKeyWish, Request, SlotWish
-from ..keyring import Keyring, read_keks, read_keys
+from ..keyfacts import describe_keks, describe_keys, key_facts, read_keks, read_keys
+from ..keyring import Keyring
 from ..postgresql import public
-from ..postgresql.info import key_facts, master_keys
 from .options import GENERATED, Options
 from .secret import CYBERTEC, secret_file, secret_path, travels
 
@@ -212,7 +212,7 @@ class Work:
             "tokens": [[one.label, one.serial] for one in ring.recorded_tokens()],
             "slots": self._slot_tokens(),
             "keks": [[kek.token.label, kek.token.serial, kek.label, kek.id] for kek in ring.keks],
-            "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
+            "data_keys": key_facts(ring.keys),
         }
 
     def _slot_tokens(self) -> list[list[str]]:
@@ -305,7 +305,7 @@ def describe(own: StateDirectory, cluster: str, options: Options) -> Facts:
     keys, keks = read_keys(store) if store.exists() else [], read_keks(registry, cluster)
     return {
         "secret": store.secret.path,
-        "data_keys": [key_facts(key, today) for key in keys],
-        "master_keys": master_keys(keys, keks, today),
+        "data_keys": describe_keys(keys, today),
+        "master_keys": describe_keks(keys, keks, today),
         "adopted": [cluster] if store.taken() else [],
     }

@@ -15,20 +15,15 @@ from ...common.plan import Plan, Step
 from ...keystore.format import check_value
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, ProofWish, Request, SlotWish, TablespacesWish
+from ..keyfacts import expect, kek_words, key_facts, record_facts
 from ..keyring import Keyring
-from ..postgresql.public import key_facts
+from ..rounds import Decision, rounds
 from . import keyfile, look, plan
 from .act import Acts
 from .options import Options, complete
 
-if t.TYPE_CHECKING:
-    pass
-
-#: Times that a plan is made and carried out before the run gives up: a table is created while its database is encrypted.
-_ROUNDS = 6
-
 Facts = t.Dict[str, t.Any]
-Decide = t.Callable[[], t.Tuple[plan.Decision, Facts]]
+Decide = t.Callable[[], t.Tuple[Decision, Facts]]
 
 
 class MariaDb(Engine):
@@ -82,9 +77,9 @@ class MariaDb(Engine):
     def facts(self, ring: Keyring, state: look.State | None) -> Facts:
         """A cluster's public facts."""
         shown: Facts = {
-            "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
-            "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
-            "record": self.record.public() if self.record else None,
+            "data_keys": key_facts(ring.keys),
+            "master_keys": kek_words(ring.keks),
+            "record": record_facts(self.record),
         }
         if state:
             shown["key_directory"] = "mounted" if state.mounted else "absent"
@@ -99,36 +94,19 @@ class MariaDb(Engine):
         :param first: actions after which the next look comes before all others.
         :raises TdeError: ``unfinished``.
         """
-        decision, before = decide()
-        if check:
-            steps = [*decision.now, *decision.later]
-            return _told(Outcome(steps, before, _expected(before, steps)), decision, ring)
-        done: Plan = []
-        after = before
-        for _round in range(_ROUNDS):
-            if not decision.now:
-                return _told(Outcome(done, before, after), decision, ring)
-            steps = [step for step in decision.now if step.action in first] or decision.now
-            try:
-                ring.ready(steps)
-                if any(step.action == "write_key_file" for step in steps):
-                    # A credential that opens nothing is told before the first step.
-                    ring.unlock([key.key_id for key in ring.keys])
-                plans.run(steps, {**ring.handlers(), **acts.handlers()})
-                done += steps
-                decision, after = decide()
-            except TdeError as error:
-                error.after([step.action for step in done])
-                raise
-        if decision.now:
-            raise TdeError(
-                "unfinished",
-                f"{_ROUNDS} rounds were made, and there is still to do: {decision.now[0].obj} ({decision.now[0].action})",
-                obj=f"cluster {self.request.cluster}",
-                kept="What was done stays done.",
-                next_step="Run again; run with --check to see what is left.",
-            )
-        return _told(Outcome(done, before, after), decision, ring)
+
+        def run(steps: Plan) -> Plan:
+            steps = [step for step in steps if step.action in first] or steps
+            ring.ready(steps)
+            if any(step.action == "write_key_file" for step in steps):
+                # A credential that opens nothing is told before the first step.
+                ring.unlock([key.key_id for key in ring.keys])
+            plans.run(steps, {**ring.handlers(), **acts.handlers()})
+            return steps
+
+        outcome = rounds(self.request.cluster, decide, run, _expected, check=check)
+        outcome.warnings += ring.warnings
+        return outcome
 
     # --- the services
 
@@ -164,32 +142,13 @@ class MariaDb(Engine):
         return proofs(self, wish)
 
 
-def _told(outcome: Outcome, decision: plan.Decision, ring: Keyring) -> Outcome:
-    outcome.facts["restart_required"] = bool(decision.restart)
-    outcome.warnings += ring.warnings
-    if decision.restart:
-        left = f" Left for then: {len(decision.later)}, the first one {decision.later[0].obj}." if decision.later else ""
-        outcome.warnings.append(f"The server must be restarted. {' '.join(decision.restart)}{left} Then run this again.")
-    return outcome
-
-
 def _expected(before: Facts, steps: Plan) -> Facts:
     """The facts after a plan, as far as it tells them."""
     after = copy.deepcopy(before)
-    keys = after["data_keys"]
+    expect(after, steps)
     for step in steps:
         data = step.data
-        if step.action == "create_kek":
-            after["master_keys"].append(step.obj.removeprefix("master key "))
-        elif step.action == "create_data_key":
-            keys[data["key_id"]] = {"check_value": "new", "keyslots": dict.fromkeys(data["slots"], "new")}
-        elif step.action == "add_keyslot":
-            keys[data["key_id"]]["keyslots"][data["name"]] = "new"
-        elif step.action == "remove_keyslot" and keys[data["key_id"]]["keyslots"].get(data["name"]) != "new":
-            keys[data["key_id"]]["keyslots"].pop(data["name"], None)
-        elif step.action == "write_record":
-            after["record"] = data["record"]
-        elif step.action == "mount_key_directory":
+        if step.action == "mount_key_directory":
             after["key_directory"] = "mounted"
         elif step.action == "close_key_directory":
             after["key_directory"] = "absent"

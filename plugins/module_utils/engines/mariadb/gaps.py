@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ..postgresql.gaps import ALWAYS, host_gaps, keyslot_gaps
+from ..telling import ALWAYS, host_gaps, keyslot_gaps
 
 Facts = t.Mapping[str, t.Any]
 

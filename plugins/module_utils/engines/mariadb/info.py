@@ -4,18 +4,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import functools
 import os
 import typing as t
 
 from ...common.errors import TdeError
-from ...keystore.store import KeyStore
-from ...pkcs11.registry import Registry
-from .. import keyslots
-from ..keyring import read_keks, read_keys
-from ..postgresql.info import key_facts, master_keys, same_disk, tried
+from ..telling import of_store, same_disk, tried
 from . import conf, gaps, keyfile, logs, look, plan, sql
 
 if t.TYPE_CHECKING:
@@ -34,35 +27,19 @@ def collect(engine: MariaDb) -> Facts:
     """Everything; nothing is changed, nothing is needed but root."""
     problems: list[str] = []
     request, record, options = engine.request, engine.record, engine.options
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    store = KeyStore(request.state, request.cluster)
-    keys: list[keyslots.Key] = tried(problems, lambda: read_keys(store), [])
-    for key in keys:
-        if not key.last:
-            tried(problems, functools.partial(store.refuse, key.key_id), None)
-    keks: list[keyslots.Kek] = tried(problems, lambda: read_keks(Registry(request.state), request.cluster), [])
+    keys, found = of_store(engine, problems)
     names: list[keyfile.Name] = tried(problems, lambda: keyfile.names(key.key_id for key in keys), [])
     state: look.State | None = tried(problems, engine.state, None)
     answer = state.answer if state else None
     spaces = _spaces(state, names) if state and answer else []
-    found: Facts = {
-        "cluster": request.cluster,
-        "engine": engine.name,
-        "managed": record is not None,
+    found |= {
         "coverage": "cluster" if record else None,
-        "pin_source": dict(record.pin_source) if record else None,
-        "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
-        "kmip": [service.stored() for service in record.kmip] if record else [],
-        "master_keys": master_keys(keys, keks, today),
-        "data_keys": [key_facts(key, today) for key in keys],
-        "adopted": tried(problems, store.adopted, []),
         "places": [],
         "server": _server(engine, state, names, problems),
         "data_directory": {"path": state.data_directory} if state and state.data_directory else None,
         "elsewhere": [],
         "tablespaces": spaces,
         "databases": _databases(answer, names) if answer else [],
-        "problems": problems,
     }
     if record and state and not state.mounted:
         problems.append(f"The keystore is closed: {options.key_directory} is not mounted, and the server would not start.")

@@ -11,12 +11,12 @@ from ...common.plan import Plan, Step
 from .. import bootpin, keyslots
 from .. import record as records
 from ..base import KeystoreWish, Outcome
+from ..keyfacts import kek_words, key_facts
 from ..keyring import Keyring, default_wish
-from ..postgresql.public import key_facts
+from ..rounds import Decision
 from . import keyfile, look, plan
 from .act import Acts
 from .engine import Facts, MariaDb, reached
-from .plan import Decision
 
 #: The tablespaces' keys that a keystore is made with.
 _FIRST = [keyfile.Name(number, tablespace) for number, tablespace in keyfile.FIRST.items()]
@@ -79,8 +79,8 @@ class Keystore:
         running = state is not None and (state.process is not None or state.answer is not None)
         outcome.facts.update(
             {
-                "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
-                "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
+                "data_keys": key_facts(ring.keys),
+                "master_keys": kek_words(ring.keks),
                 "start_required": not running,
             }
         )

@@ -8,7 +8,6 @@ include file may name it, then the server is restarted, then a table is built an
 
 from __future__ import annotations
 
-import dataclasses
 import typing as t
 
 from ...common.errors import TdeError
@@ -24,19 +23,6 @@ from .options import Options
 _INNODB = "InnoDB"
 #: A mark in the cluster's record: the tag's data keys have higher numbers than all before.
 MARK = "reencryption"
-
-
-@dataclasses.dataclass
-class Decision:
-    """What a look led to.
-
-    :param now: steps that can be done; :param later: those that need the server to be restarted first.
-    :param restart: why it must be, empty if it need not.
-    """
-
-    now: Plan
-    later: Plan = dataclasses.field(default_factory=list)
-    restart: list[str] = dataclasses.field(default_factory=list)
 
 
 def data_keys(

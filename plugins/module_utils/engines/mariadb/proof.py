@@ -17,7 +17,7 @@ from ...common.errors import TdeError
 from ...common.files import os_error, read_private
 from ...keystore.store import KeyStore
 from ..base import ProofWish
-from ..keyring import read_keys
+from ..keyfacts import read_keys
 from . import keyfile, logs, pages, plan, sql
 
 if t.TYPE_CHECKING:

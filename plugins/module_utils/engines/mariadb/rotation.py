@@ -16,12 +16,13 @@ from ...common.errors import TdeError
 from ...common.plan import Plan
 from .. import keyslots
 from ..base import MasterKeyWish, Outcome
+from ..keyfacts import key_facts
 from ..keyring import Keyring
-from ..postgresql.public import key_facts
+from ..rounds import Decision
 from . import keyfile, look, plan
 from .act import Acts
 from .engine import Facts, MariaDb, with_mark
-from .plan import MARK, Decision
+from .plan import MARK
 
 #: Of the master key and the mark; the data keys come when these are done, so that they are under the new master key.
 _FIRST = ("write_record", "create_kek", "add_keyslot", "prove_keyslot", "remove_keyslot")
@@ -64,7 +65,7 @@ class Rotation:
                 "cluster": engine.request.cluster,
                 "master_key": current,
                 "age_days": keyslots.age(current, self.token, ring.keys, ring.keks, self.today),
-                "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
+                "data_keys": key_facts(ring.keys),
             }
         )
         return outcome

@@ -9,10 +9,10 @@ import typing as t
 from ...common.errors import TdeError
 from .. import keyslots
 from ..base import Outcome, TablespacesWish, TablespaceWish
+from ..rounds import Decision
 from . import keyfile, plan, sql
 from .act import Acts
 from .engine import Facts, MariaDb
-from .plan import Decision
 
 #: What building tables anew leaves behind.
 FREED = (

@@ -8,7 +8,7 @@ import datetime
 import typing as t
 
 from ...common.errors import TdeError
-from ..postgresql.gaps import ALWAYS
+from ..telling import ALWAYS
 from . import memo as memos
 from . import sql
 from .engine import Oracle, age_days, backups_need

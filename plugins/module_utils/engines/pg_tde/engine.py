@@ -15,16 +15,14 @@ from ...common.plan import Plan, Step
 from ...keystore.format import check_value
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, ProofWish, Request, SlotWish, TablespacesWish
+from ..keyfacts import expect, kek_words, key_facts, record_facts
 from ..keyring import Keyring
-from ..postgresql.public import key_facts
+from ..rounds import Decision, rounds
 from . import keyfile, look, plan, sql
 from .act import Acts
 from .options import FILE, KMIP, Options, complete
-from .plan import LABELS, USING, Decision
+from .plan import LABELS, USING
 from .provider import KeyProvider
-
-#: Times that a plan is made and carried out before the run gives up.
-_ROUNDS = 6
 
 Facts = t.Dict[str, t.Any]
 Decide = t.Callable[[], t.Tuple[Decision, Facts]]
@@ -134,9 +132,9 @@ class PgTde(Engine):
     def facts(self, ring: Keyring, state: look.State) -> Facts:
         """A cluster's public facts."""
         shown: Facts = {
-            "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
-            "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
-            "record": self.record.public() if self.record else None,
+            "data_keys": key_facts(ring.keys),
+            "master_keys": kek_words(ring.keks),
+            "record": record_facts(self.record),
             "key_directory": "mounted" if state.mounted else "absent",
             "sealed": list(state.sealed.names) if state.sealed else [],
         }
@@ -220,35 +218,18 @@ class PgTde(Engine):
         :param decide: looks, and gives what is to be done and the public facts; raises before anything is done.
         :raises TdeError: ``unfinished``.
         """
-        decision, before = decide()
-        if check:
-            steps = [*decision.now, *decision.later]
-            return _told(Outcome(steps, before, _expected(before, steps)), decision, ring)
-        done: Plan = []
-        after = before
-        for dummy in range(_ROUNDS):
-            if not decision.now:
-                return _told(Outcome(done, before, after), decision, ring)
-            try:
-                ring.ready(decision.now)
-                sealing = any(step.action in ("seal_keys", "create_key", "write_key_file") for step in decision.now)
-                if sealing and self.uses_store and ring.key(keyfile.DATA_KEY):
-                    ring.unlock([keyfile.DATA_KEY])
-                plans.run(decision.now, {**ring.handlers(), **acts.handlers()})
-                done += decision.now
-                decision, after = decide()
-            except TdeError as error:
-                error.after([step.action for step in done])
-                raise
-        if decision.now:
-            raise TdeError(
-                "unfinished",
-                f"{_ROUNDS} rounds were made, and there is still to do: {decision.now[0].obj} ({decision.now[0].action})",
-                obj=f"cluster {self.request.cluster}",
-                kept="What was done stays done.",
-                next_step="Run again; run with --check to see what is left.",
-            )
-        return _told(Outcome(done, before, after), decision, ring)
+
+        def run(steps: Plan) -> Plan:
+            ring.ready(steps)
+            sealing = any(step.action in ("seal_keys", "create_key", "write_key_file") for step in steps)
+            if sealing and self.uses_store and ring.key(keyfile.DATA_KEY):
+                ring.unlock([keyfile.DATA_KEY])
+            plans.run(steps, {**ring.handlers(), **acts.handlers()})
+            return steps
+
+        outcome = rounds(self.request.cluster, decide, run, _expected, check=check)
+        outcome.warnings += ring.warnings
+        return outcome
 
     # --- the services
 
@@ -299,31 +280,13 @@ def _used(facts: sql.Facts) -> set[str]:
     return {str(key.provider) for key in keys if key.name}
 
 
-def _told(outcome: Outcome, decision: Decision, ring: Keyring) -> Outcome:
-    outcome.facts["restart_required"] = bool(decision.restart)
-    outcome.warnings += ring.warnings
-    if decision.restart:
-        outcome.warnings.append(f"The server must be restarted. {' '.join(decision.restart)} Then run this again.")
-    return outcome
-
-
 def _expected(before: Facts, steps: Plan) -> Facts:
     """The facts after a plan, as far as it tells them."""
     after = copy.deepcopy(before)
-    keys = after.get("data_keys", {})
+    expect(after, steps)
     for step in steps:
         data = step.data
-        if step.action == "create_kek":
-            after["master_keys"].append(step.obj.removeprefix("master key "))
-        elif step.action == "create_data_key":
-            keys[data["key_id"]] = {"check_value": "new", "keyslots": dict.fromkeys(data["slots"], "new")}
-        elif step.action == "add_keyslot":
-            keys[data["key_id"]]["keyslots"][data["name"]] = "new"
-        elif step.action == "remove_keyslot" and keys[data["key_id"]]["keyslots"].get(data["name"]) != "new":
-            keys[data["key_id"]]["keyslots"].pop(data["name"], None)
-        elif step.action == "write_record":
-            after["record"] = data["record"]
-        elif step.action in ("mount_key_directory", "close_key_directory"):
+        if step.action in ("mount_key_directory", "close_key_directory"):
             after["key_directory"] = "mounted" if step.action == "mount_key_directory" else "absent"
         elif step.action == "alter_system":
             after.setdefault("parameters", {})[data["name"]] = ", ".join(data["values"])

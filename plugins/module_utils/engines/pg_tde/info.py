@@ -4,17 +4,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import functools
 import typing as t
 
-from ...keystore.store import KeyStore
-from ...pkcs11.registry import Registry
-from .. import keyslots
-from ..keyring import read_keks, read_keys
-from ..postgresql.gaps import ALWAYS, host_gaps, keyslot_gaps
-from ..postgresql.info import key_facts, master_keys, same_disk, server_facts, tried
+from ..postgresql.info import server_facts
+from ..telling import ALWAYS, host_gaps, keyslot_gaps, of_store, same_disk, tried
 from . import look, plan, sql
 from .engine import every_key
 from .options import FILE
@@ -35,33 +28,17 @@ def collect(engine: PgTde) -> Facts:
     """Everything; nothing is changed, nothing is needed but root."""
     problems: list[str] = []
     request, record, options = engine.request, engine.record, engine.options
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    store = KeyStore(request.state, request.cluster)
-    keys: list[keyslots.Key] = tried(problems, lambda: read_keys(store), [])
-    for key in keys:
-        if not key.last:
-            tried(problems, functools.partial(store.refuse, key.key_id), None)
-    keks: list[keyslots.Kek] = tried(problems, lambda: read_keks(Registry(request.state), request.cluster), [])
+    dummy, found = of_store(engine, problems)
     state: look.State | None = tried(problems, engine.state, None)
     facts = state.facts if state else None
-    found: Facts = {
-        "cluster": request.cluster,
-        "engine": engine.name,
-        "managed": record is not None,
+    found |= {
         "coverage": options.scope if record else None,
-        "pin_source": dict(record.pin_source) if record else None,
-        "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
-        "kmip": [service.stored() for service in record.kmip] if record else [],
-        "master_keys": master_keys(keys, keks, today),
-        "data_keys": [key_facts(key, today) for key in keys],
-        "adopted": tried(problems, store.adopted, []),
         "places": [],
         "server": _server(engine, state),
         "data_directory": {"path": state.server.data_directory} if state and state.server.data_directory else None,
         "elsewhere": [],
         "tablespaces": _tablespaces(state, facts),
         "databases": _databases(facts),
-        "problems": problems,
     }
     if record and state and (not state.mounted or state.missing):
         problems.append(f"The keystore is closed: {options.key_directory} lacks what the server needs at its start.")

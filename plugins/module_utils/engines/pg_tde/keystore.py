@@ -11,13 +11,13 @@ from ...common.errors import TdeError
 from ...common.plan import Plan, Step
 from .. import bootpin, keyslots
 from ..base import KeystoreWish, MasterKeyWish, Outcome, SlotWish
+from ..keyfacts import kek_words, key_facts
 from ..keyring import Keyring, default_wish
-from ..postgresql.public import key_facts
+from ..rounds import Decision
 from . import look, plan
 from .engine import Facts, PgTde
 from .keyfile import DATA_KEY
 from .options import FILE
-from .plan import Decision
 
 
 class Keystore:
@@ -71,8 +71,8 @@ class Keystore:
         ring.look()
         outcome.facts.update(
             {
-                "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
-                "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
+                "data_keys": key_facts(ring.keys),
+                "master_keys": kek_words(ring.keks),
                 "start_required": not last[0].running,
             }
         )
@@ -206,7 +206,7 @@ class MasterKey:
                 "cluster": engine.request.cluster,
                 "master_key": label,
                 "age_days": (engine.today() - datetime.date.fromisoformat(since)).days,
-                "data_keys": {key.key_id: key_facts(key) for key in ring.keys},
+                "data_keys": key_facts(ring.keys),
             }
         )
         return outcome

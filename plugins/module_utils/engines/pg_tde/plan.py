@@ -28,19 +28,6 @@ LABELS = "labels"
 USING = "using"
 
 
-@dataclasses.dataclass
-class Decision:
-    """What a look led to.
-
-    :param now: steps that can be done; :param later: those that need the server, or its restart, first.
-    :param restart: why it must be restarted, empty if it need not.
-    """
-
-    now: Plan
-    later: Plan = dataclasses.field(default_factory=list)
-    restart: list[str] = dataclasses.field(default_factory=list)
-
-
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A key that is to be set.

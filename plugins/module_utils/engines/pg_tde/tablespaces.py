@@ -10,9 +10,9 @@ from ..base import MoveWish, Outcome, TablespacesWish, TablespaceWish
 from ..postgresql import move
 from ..postgresql import sql as postgres
 from ..postgresql.tablespaces import FREED
+from ..rounds import Decision
 from . import plan, sql
 from .engine import Facts, PgTde
-from .plan import Decision
 
 #: What no table option changes.
 STATISTICS = "ANALYZE keeps values of the encrypted tables in pg_statistic, which is in the clear."

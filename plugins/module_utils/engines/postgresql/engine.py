@@ -15,17 +15,15 @@ from ...storage import fscrypt
 from .. import keyslots
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, ProofWish, Request, SlotWish, TablespacesWish
+from ..keyfacts import key_facts
 from ..keyring import Keyring
+from ..rounds import Decision, rounds
 from . import look, plan, public
 from .act import Acts
 from .options import Options, complete
 
 if t.TYPE_CHECKING:
     from ...storage.proof import ProofTarget
-
-#: Times that a plan is made and carried out before the run gives up: mounting shows what was hidden, a connection comes
-#: into a database that was to move whole, a table is created while its schema moves.
-_ROUNDS = 6
 
 Facts = t.Dict[str, t.Any]
 
@@ -67,42 +65,9 @@ class Postgresql(Engine):
             found.append(look.place(key_id, path, ring.key(key_id), place, journalled=made.get(key_id, ""), pending=hidden))
         return found
 
-    def rounds(
-        self,
-        decide: t.Callable[[], tuple[Plan, Facts]],
-        run: t.Callable[[Plan], Plan],
-        *,
-        check: bool,
-    ) -> Outcome:
-        """Look, decide and act until there is nothing left to do.
-
-        :param decide: looks, and gives the plan and the public facts; raises before anything is done.
-        :param run: carries a plan out, or as much of it as can be done before another look, and says how much.
-        :raises TdeError: ``unfinished``.
-        """
-        steps, before = decide()
-        if check:
-            return Outcome(steps, before, public.expected(before, steps))
-        done: Plan = []
-        left, after = steps, before
-        for _round in range(_ROUNDS):
-            if not left:
-                return Outcome(done, before, after)
-            try:
-                done += run(left)
-                left, after = decide()
-            except TdeError as error:
-                error.after([step.action for step in done])
-                raise
-        if left:
-            raise TdeError(
-                "unfinished",
-                f"{_ROUNDS} rounds were made, and there is still to do: {left[0].obj} ({left[0].action})",
-                obj=f"cluster {self.request.cluster}",
-                kept="What was done stays done.",
-                next_step="Run again; run with --check to see what is left.",
-            )
-        return Outcome(done, before, after)
+    def rounds(self, decide: t.Callable[[], tuple[Decision, Facts]], run: t.Callable[[Plan], Plan], *, check: bool) -> Outcome:
+        """Look, decide and act until there is nothing left to do; see :func:`engines.rounds.rounds`."""
+        return rounds(self.request.cluster, decide, run, public.expected, check=check)
 
     def same_file_system(self, storage: look.Storage) -> None:
         """Refuse to work beside a file system that is not mounted.
@@ -151,7 +116,7 @@ class Postgresql(Engine):
             rotated = wish.state == "rotated"
             today = datetime.datetime.now(datetime.timezone.utc).date()
 
-            def decide() -> tuple[Plan, Facts]:
+            def decide() -> tuple[Decision, Facts]:
                 ring.look()
                 steps = keyslots.rotate(
                     self.request.cluster,
@@ -163,7 +128,7 @@ class Postgresql(Engine):
                     max_age=wish.max_age if rotated else None,
                     today=today,
                 )
-                return steps, public.facts(ring.keys, ring.keks, [], self.record)
+                return Decision(steps), public.facts(ring.keys, ring.keks, [], self.record)
 
             def note(result: str) -> None:
                 if rotated:
@@ -194,8 +159,7 @@ class Postgresql(Engine):
                     "cluster": self.request.cluster,
                     "master_key": current,
                     "age_days": keyslots.age(current, token, ring.keys, ring.keks, today),
-                    "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
-                    "restart_required": False,
+                    "data_keys": key_facts(ring.keys),
                 }
             )
             return outcome

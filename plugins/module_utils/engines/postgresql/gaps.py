@@ -6,16 +6,9 @@ from __future__ import annotations
 
 import typing as t
 
+from ..telling import ALWAYS, host_gaps, keyslot_gaps
+
 Facts = t.Mapping[str, t.Any]
-
-#: Libraries that keep keys in files of the host, by a part of their path.
-_SOFTWARE = ("softhsm", "libkryoptic")
-
-#: What no coverage reaches.
-ALWAYS = (
-    "Base backups, dumps and logical replication leave the encrypted layer: encrypt them where they go.",
-    "Whoever is root on the running host, or logs in to the database, reads the data: the keys protect disks, not sessions.",
-)
 
 
 def covered(facts: Facts) -> bool:
@@ -92,53 +85,3 @@ def _temporary_covered(facts: Facts, encrypted: t.Collection[str]) -> bool:
     if names:
         return all(name in encrypted for name in names)
     return all(one["tablespace"] in encrypted for one in facts["databases"]) and bool(facts["databases"])
-
-
-def keyslot_gaps(facts: Facts) -> t.Iterator[str]:
-    """What the keyslots of our store leave to be wished for."""
-    for key in facts["data_keys"]:
-        names = sorted({slot["name"] for slot in key["keyslots"]})
-        if len(names) == 1:
-            yield f"Data key {key['key_id']} has a single keyslot ({names[0]}): it is the only way to the data. Add a recovery keyslot."
-        for slot in key["keyslots"]:
-            if not slot["proved"]:
-                yield f"Keyslot {slot['name']} of data key {key['key_id']} was never proved: a change was interrupted. Run it again."
-            if slot.get("kek_leaves_server"):
-                yield f"The master key of keyslot {slot['name']} of data key {key['key_id']} leaves its KMIP server for each use."
-        if len(names) < len(key["keyslots"]):
-            yield f"Data key {key['key_id']} has two keyslots of one name: a change was interrupted. Run it again."
-        if key["key_id"] in facts["adopted"]:
-            yield (
-                f"Data key {key['key_id']} came to this host without its journal: whether an older file was put in its place "
-                "before that cannot be told."
-            )
-        if key["formerly"]:
-            yield (
-                f"Data key {key['key_id']} was once under {', '.join(key['formerly'])}: an old copy of the store still opens with that. "
-                "Only encrypting the data anew revokes it."
-            )
-
-
-def host_gaps(facts: Facts) -> t.Iterator[str]:
-    """Where token, PIN and store lie together."""
-    software = sorted(
-        {token["label"] for token in facts["tokens"] if any(part in token["library"].lower() for part in _SOFTWARE)}
-    )
-    if software:
-        yield f"Token {', '.join(software)} is software: its keys lie in files of this host, under the PIN alone."
-    for service in facts.get("kmip", ()):
-        yield (
-            f"The client's key for KMIP service {service['service']} rests in {service['key']}: whoever takes the disk, and reaches "
-            "the service before the client is struck out there, opens the data."
-        )
-    source = facts["pin_source"] or {}
-    if source.get("kind") == "file":
-        where = "on the same file system as the store" if facts["same_disk"] else "on this host"
-        more = (
-            ", the token's files with them: whoever takes the disk takes all that opens it"
-            if software and facts["same_disk"]
-            else ""
-        )
-        yield f"The PIN for the boot rests in {source['path']}, {where}{more}."
-    elif source.get("kind") == "credential":
-        yield "The PIN for the boot is a systemd credential: without a TPM its key lies on the same disk."

@@ -8,18 +8,13 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import functools
 import os
 import typing as t
 
 from ...common.errors import TdeError
-from ...keystore.store import KeyStore
-from ...pkcs11.registry import Registry
 from ...storage import fscrypt
 from ...storage.mounts import device_layers, mount_of, raw_device
-from .. import keyslots
-from ..keyring import read_keks, read_keys
+from ..telling import of_store, same_disk
 from . import gaps, look, public, sql
 from .options import Options
 
@@ -30,15 +25,6 @@ Facts = t.Dict[str, t.Any]
 
 #: How a place is encrypted, as ``encryption`` says it.
 OURS, FOREIGN, DM_CRYPT, PLAIN, UNKNOWN = "ours", "unknown_key", "dm_crypt", "plain", "unknown"
-
-
-def tried(problems: list[str], act: t.Callable[[], t.Any], otherwise: t.Any) -> t.Any:
-    """An answer; or, if it could not be had, ``otherwise`` and a sentence among the problems."""
-    try:
-        return act()
-    except TdeError as exc:
-        problems.append(f"{exc.obj}: {exc.message}" if exc.obj else exc.message)
-        return otherwise
 
 
 def encryption(path: str, identifiers: t.Mapping[str, str]) -> Facts:
@@ -166,64 +152,11 @@ def server_facts(server: look.Server) -> Facts:
     }
 
 
-def _where(token: keyslots.Token | None) -> Facts:
-    """Where a master key lies; null is what does not apply."""
-    service = token.label if token and token.protection == keyslots.KMIP else None
-    named = token if token and service is None else None
-    return {
-        "token_label": named.label if named else None,
-        "token_serial": named.serial if named else None,
-        "kmip_service": service,
-    }
-
-
-def key_facts(key: keyslots.Key, today: datetime.date) -> Facts:
-    """A data key with its keyslots, as ``data_keys`` lists it."""
-    return {
-        "key_id": key.key_id,
-        "check_value": key.check_value,
-        "keyslots": [
-            {
-                "name": slot.name,
-                "protection": slot.protection,
-                "proved": slot.proved is not None,
-                "age_days": (today - datetime.date.fromisoformat(slot.created[:10])).days,
-                **_where(slot.token),
-                "kek_leaves_server": slot.kek_leaves_server if slot.protection == keyslots.KMIP else None,
-                "master_key": slot.kek_label or None,
-                "master_key_check_value": slot.kek_kcv or None,
-            }
-            for slot in key.slots
-        ],
-        "formerly": sorted({public.slot_words(slot) for slot in key.formerly}),
-    }
-
-
-def master_keys(keys: t.Sequence[keyslots.Key], keks: t.Sequence[keyslots.Kek], today: datetime.date) -> list[Facts]:
-    """The master keys that the host remembers, as ``master_keys`` lists them."""
-    return [
-        {
-            "label": kek.label,
-            "id": kek.id,
-            **_where(kek.token),
-            "age_days": keyslots.age(kek.label, kek.token, keys, keks, today),
-            "current": keyslots.in_use(kek, keys, keks),
-        }
-        for kek in keks
-    ]
-
-
 def collect(engine: Postgresql) -> Facts:
     """Everything; nothing is changed, nothing is needed but root."""
     problems: list[str] = []
-    state, cluster, options, record = engine.request.state, engine.request.cluster, engine.options, engine.record
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    store = KeyStore(state, cluster)
-    keys: list[keyslots.Key] = tried(problems, lambda: read_keys(store), [])
-    for key in keys:
-        if not key.last:
-            tried(problems, functools.partial(store.refuse, key.key_id), None)
-    keks: list[keyslots.Kek] = tried(problems, lambda: read_keks(Registry(state), cluster), [])
+    options, record = engine.options, engine.record
+    keys, found = of_store(engine, problems)
     identifiers = {key.check_value: key.key_id for key in keys}
     server = look_at_server(engine, options, problems)
     tablespaces = tablespaces_of(server, identifiers, problems)
@@ -240,26 +173,16 @@ def collect(engine: Postgresql) -> Facts:
         places.append(
             {"key_id": place.key_id, **public.place_facts(facts), "exists": facts.exists, "mount_point": place.mount_point}
         )
-    found: Facts = {
-        "cluster": cluster,
-        "engine": engine.name,
-        "managed": record is not None,
+    found |= {
         "coverage": options.coverage if record else None,
-        "pin_source": dict(record.pin_source) if record else None,
-        "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
-        "kmip": [service.stored() for service in record.kmip] if record else [],
-        "master_keys": master_keys(keys, keks, today),
-        "data_keys": [key_facts(key, today) for key in keys],
-        "adopted": tried(problems, store.adopted, []),
         "places": places,
         "server": server_facts(server),
         "data_directory": data_directory,
         "elsewhere": parts,
         "tablespaces": tablespaces,
         "databases": databases_of(server.answer),
-        "problems": problems,
     }
-    found["same_disk"] = same_disk(state.path, found)
+    found["same_disk"] = same_disk(engine.request.state.path, found)
     found["gaps"] = gaps.sentences(found)
     found["encrypted"] = bool(data_directory) and not server.misplaced and gaps.covered(found)
     return found
@@ -273,14 +196,3 @@ def look_at_server(engine: Postgresql, options: Options, problems: list[str]) ->
         problems.append(f"{exc.obj}: {exc.message}")
         bare = dataclasses.replace(options, debian_cluster=None)
         return look.server(engine.request.connection, bare)
-
-
-def same_disk(state_directory: str, found: Facts) -> bool:
-    """Whether the PIN's file and the store lie on one file system."""
-    source = found["pin_source"] or {}
-    if source.get("kind") != "file":
-        return False
-    try:
-        return os.stat(state_directory).st_dev == os.stat(source["path"]).st_dev
-    except OSError:
-        return False

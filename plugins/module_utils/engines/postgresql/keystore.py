@@ -15,7 +15,9 @@ from ...storage import image, image_acts
 from .. import bootpin, keyslots
 from .. import record as records
 from ..base import KeystoreWish, Outcome
+from ..keyfacts import kek_words, key_facts
 from ..keyring import Keyring, default_wish
+from ..rounds import Decision
 from . import look, plan, public
 from . import server as servers
 from .options import check_present
@@ -50,7 +52,7 @@ class Keystore:
         acts = self.engine.acts(ring)
         ring.log_in(ring.wanted())
 
-        def decide() -> tuple[Plan, Facts]:
+        def decide() -> tuple[Decision, Facts]:
             self.engine.reread()
             ring.look()
             update = wish.slots is not None and wish.update
@@ -82,7 +84,7 @@ class Keystore:
                     later += self._fill(place)
             later = bootpin.before_removals(later, bootpin.pin_steps(ring, self._pin_source()))
             steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
-            return steps, public.facts(ring.keys, ring.keks, places, self.engine.record, storage)
+            return Decision(steps), public.facts(ring.keys, ring.keks, places, self.engine.record, storage)
 
         def run(steps: Plan) -> Plan:
             storage = image_acts.handlers(self._storage(sized=True).wish)
@@ -171,8 +173,8 @@ class Keystore:
         create = self.engine.options.coverage == "cluster" and self.engine.options.create_cluster
         return {
             "cluster": self.engine.request.cluster,
-            "data_keys": {key.key_id: public.key_facts(key) for key in ring.keys},
-            "master_keys": [f"{kek.label} {kek.token.where}" for kek in ring.keks],
+            "data_keys": key_facts(ring.keys),
+            "master_keys": kek_words(ring.keks),
             "start_required": create and server.postmaster is None,
         }
 
@@ -187,7 +189,7 @@ class Keystore:
         acts = self.engine.acts(ring)
         storage = None
 
-        def decide() -> tuple[Plan, Facts]:
+        def decide() -> tuple[Decision, Facts]:
             nonlocal storage
             ring.look()
             steps: Plan = []
@@ -202,7 +204,7 @@ class Keystore:
             steps += [plan.add_kernel_key(place) for place in hidden if place.made]
             keys = {key.key_id: key for key in ring.keys}
             steps += plan.open_places([place for place in places if place not in hidden], keys)
-            return steps, public.facts(ring.keys, ring.keks, places, self.engine.record)
+            return Decision(steps), public.facts(ring.keys, ring.keks, places, self.engine.record)
 
         def run(steps: Plan) -> Plan:
             ring.ready(steps)
@@ -225,7 +227,7 @@ class Keystore:
         ring = self.engine.keyring([], self.check)
         acts = self.engine.acts(ring)
 
-        def decide() -> tuple[Plan, Facts]:
+        def decide() -> tuple[Decision, Facts]:
             places = [place for place in self.engine.places(ring) if place.exists]
             server = look.server(self.engine.request.connection, self.engine.options, ask=not self.wish.force)
             running = ""
@@ -235,7 +237,7 @@ class Keystore:
                 running = f"the server answers at {server.access.where}"
             users = [f"{one.name} ({one.pid})" for place in places for one in servers.holders(place.path)]
             steps = plan.close_places(places, running=running, users=users, force=self.wish.force)
-            return steps, public.facts(ring.keys, ring.keks, places, self.engine.record)
+            return Decision(steps), public.facts(ring.keys, ring.keks, places, self.engine.record)
 
         def run(steps: Plan) -> Plan:
             problem: TdeError | None = None

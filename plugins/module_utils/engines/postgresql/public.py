@@ -10,21 +10,12 @@ import typing as t
 from ...common.plan import Plan, Step
 from ...storage import image
 from .. import record as records
-from ..keyslots import Kek, Key, Slot
+from ..keyfacts import expect, kek_words, key_facts, record_facts
+from ..keyslots import Kek, Key
 from .look import Storage
 from .plan import PlaceFacts
 
 Facts = t.Dict[str, t.Any]
-
-
-def slot_words(slot: Slot) -> str:
-    """What a keyslot is under, in words."""
-    return f"{slot.kek_label} {slot.token.where}" if slot.token else slot.protection
-
-
-def key_facts(key: Key) -> Facts:
-    """A data key as a result shows it."""
-    return {"check_value": key.check_value, "keyslots": {slot.name: slot_words(slot) for slot in key.slots}}
 
 
 def place_facts(place: PlaceFacts) -> Facts:
@@ -46,10 +37,10 @@ def facts(
 ) -> Facts:
     """A cluster's public facts."""
     shown: Facts = {
-        "data_keys": {key.key_id: key_facts(key) for key in keys},
-        "master_keys": [f"{kek.label} {kek.token.where}" for kek in keks],
+        "data_keys": key_facts(keys),
+        "master_keys": kek_words(keks),
         "places": {place.key_id: place_facts(place) for place in places if place.exists},
-        "record": {name: value for name, value in record.public().items() if name != "places"} if record else None,
+        "record": record_facts(record),
     }
     if storage:
         shown["storage"] = image.facts(storage.wish, storage.state)
@@ -59,30 +50,18 @@ def facts(
 def expected(before: Facts, plan: Plan) -> Facts:
     """The facts after a plan, as far as it tells them."""
     after = copy.deepcopy(before)
+    expect(after, plan)
     for step in plan:
         _apply(after, step)
     return after
 
 
 def _apply(after: Facts, step: Step) -> None:
-    data = step.data
-    keys, places = after.setdefault("data_keys", {}), after.setdefault("places", {})
-    if step.action == "create_kek":
-        after["master_keys"] = [*after.get("master_keys", []), step.obj.removeprefix("master key ")]
-    elif step.action == "create_data_key":
-        keys[data["key_id"]] = {"check_value": "new", "keyslots": dict.fromkeys(data["slots"], "new")}
-    elif step.action == "add_keyslot" and data["key_id"] in keys:
-        keys[data["key_id"]]["keyslots"][data["name"]] = "new"
-    elif (
-        step.action == "remove_keyslot" and data["key_id"] in keys and keys[data["key_id"]]["keyslots"].get(data["name"]) != "new"
-    ):
-        keys[data["key_id"]]["keyslots"].pop(data["name"], None)
-    elif step.action == "record_place":
+    data, places = step.data, after.setdefault("places", {})
+    if step.action == "record_place":
         places[data["key_id"]] = {"path": data["path"], "encrypted": True, "made": True, "kernel_key": "present"}
     elif step.action in ("add_kernel_key", "remove_kernel_key") and data["key_id"] in places:
         places[data["key_id"]]["kernel_key"] = "present" if step.action == "add_kernel_key" else "absent"
-    elif step.action == "write_record":
-        after["record"] = {name: value for name, value in data["record"].items() if name != "places"}
     elif step.action == "create_tablespace":
         after.setdefault("tablespaces", {})[data["name"]] = {"location": data["path"], "owner": data["owner"] or "login_user"}
     elif step.action == "set_tablespace_owner":

@@ -15,6 +15,7 @@ from ...common.errors import TdeError
 from ...common.plan import Plan, Step
 from .. import keyslots
 from ..base import MoveWish, Outcome, TablespacesWish, TablespaceWish
+from ..rounds import Decision
 from . import look, move, plan, public, sql
 
 if t.TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Tablespaces:
 
     # --- deciding
 
-    def decide(self) -> tuple[Plan, Facts]:
+    def decide(self) -> tuple[Decision, Facts]:
         """Look at server, places and catalogs, and plan."""
         self.engine.reread()
         self.ring.look()
@@ -108,7 +109,7 @@ class Tablespaces:
             for one in answer.tablespaces
             if one.name in {item.name for item in self.wish.items}
         }
-        return steps, facts
+        return Decision(steps), facts
 
     def _location(self, item: TablespaceWish) -> str:
         recorded = self.engine.record.place(plan.tablespace_key(item.name)) if self.engine.record else None
@@ -220,7 +221,6 @@ class Tablespaces:
             ],
             "moved": self.progress,
             "notes": notes,
-            "restart_required": False,
         }
 
 

@@ -12,7 +12,7 @@ from ...common.errors import TdeError
 from ...keystore.store import KeyStore
 from ...storage.proof import ProofTarget, relation_files
 from ..base import ProofWish
-from ..keyring import read_keys
+from ..keyfacts import read_keys
 from . import look, sql
 from .plan import CLUSTER_KEY, tablespace_key
 
