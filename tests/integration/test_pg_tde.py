@@ -150,6 +150,19 @@ def test_a_key_that_somebody_else_made_is_sealed(host: Host) -> None:
     assert [step["action"] for step in host.run("tde_keystore", keyslots=estate.SLOTS)["plan"]] == ["seal_keys"]
 
 
+def test_a_key_of_the_same_name_never_takes_a_sealed_one_s_place(host: Host) -> None:
+    """The server's user emptied the file in memory and made its keys anew: the sealed ones are the only copy."""
+    file, sealed = host.keys / "keys", (host.state / "store/main/keys.sealed").read_bytes()
+    content = file.read_bytes()
+    file.write_bytes(
+        b"".join(content[at : at + 256] + b"\1" * 32 + content[at + 288 : at + 292] for at in range(0, len(content), 292))
+    )
+    host.refused("tde_keystore", "keystore_foreign", keyslots=estate.SLOTS)
+    assert (host.state / "store/main/keys.sealed").read_bytes() == sealed
+    file.write_bytes(content)
+    assert not host.run("tde_keystore", keyslots=estate.SLOTS)["changed"]
+
+
 def test_from_file_to_kmip(host: Host, rows: str, kmip_server: KmipServer) -> None:
     kmip = {
         "pg_tde": {**host.options, "provider": "kmip"},

@@ -183,6 +183,32 @@ def test_sealed_keys_come_back_and_older_ones_are_noticed(tmp_path: Path) -> Non
     refused("keystore_unreachable", sealed.head)
 
 
+def test_a_first_seal_that_was_killed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was set under what it would have held; that it does not show must not stop every run after it."""
+    state = StateDirectory(str(tmp_path / "state"))
+    Path(state.store("main")).mkdir(parents=True)
+    for path in (tmp_path / "state", tmp_path / "state/store", tmp_path / "state/store/main"):
+        path.chmod(0o700)
+    sealed = keyfile.Sealed(state, "main")
+    secret = b"\x07" * 32
+    with monkeypatch.context() as patch:
+        patch.setattr(keyfile, "write_atomic", lambda *_args, **_named: refuse())
+        refused("disk_full", lambda: sealed.write(entry("one"), secret))
+    assert sealed.head() is None
+    with monkeypatch.context() as patch:
+        # Killed after the rename: the file counts, and once something rests on it, it must exist.
+        patch.setattr(keyfile, "read_private", lambda *_args, **_named: refuse())
+        refused("disk_full", lambda: sealed.write(entry("one"), secret))
+    assert sealed.head().names == ("one",)
+    sealed.confirm()
+    Path(sealed.path).unlink()
+    refused("keystore_unreachable", sealed.head)
+
+
+def refuse() -> t.NoReturn:
+    raise TdeError("disk_full", "there is no space")
+
+
 def test_a_provider_is_left_once_no_key_of_it_is_set() -> None:
     assert engine._used(facts(default_key=key(), server_key=key(provider="old"))) == {"hsm-tde-file", "old"}
     there = sql.Provider(-1, "hsm-tde-file", "file", WISHED)

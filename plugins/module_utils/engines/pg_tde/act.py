@@ -106,16 +106,17 @@ class Acts:
         if content is None:
             raise TdeError("place_closed", "is not there", obj=self.options.key_file, next_step="Open the keystore first.")
         remove_leftovers_of(self.sealed.path)
-        head = self.sealed.head()
-        if head and not content_has(content, head):
+        key = self.keyring.data_key(DATA_KEY).reveal()
+        # By the keys themselves: the server's user can write the file, and one made anew may have the former one's name.
+        if self.sealed.head() and not keyfile.keys(self.sealed.content(key)) <= keyfile.keys(content):
             raise TdeError(
                 "keystore_foreign",
-                "lacks keys that are sealed on the disk",
+                "lacks keys that are sealed on the disk, or has others under their names",
                 obj=self.options.key_file,
                 kept="The sealed keys stay as they are.",
                 next_step="Find out who changed it; then close and open the keystore.",
             )
-        self.sealed.write(content, self.keyring.data_key(DATA_KEY).reveal())
+        self.sealed.write(content, key)
 
     def _close(self) -> None:
         memory.unmount(self.options.key_directory)
@@ -202,6 +203,7 @@ class Acts:
         :raises TdeError: ``keystore_foreign``, ``provider_without_key``.
         """
         if self.options.provider == "file":
+            self.sealed.confirm()
             head = self.sealed.head()
             if head is None or name.lower() not in (one.lower() for one in head.names):
                 raise TdeError(
@@ -289,8 +291,3 @@ class Acts:
                 }
             )
             return
-
-
-def content_has(content: bytes, head: keyfile.Head) -> bool:
-    """Whether a key file has every key that is sealed, by its name."""
-    return {name.lower() for name in head.names} <= {name.lower() for name in keyfile.names(content)}
