@@ -409,6 +409,28 @@ options:
       call_timeout:
         description: Seconds for one statement and one of nShield's commands, 120 if it was never given; encrypting a tablespace has a week.
         type: float
+      recovery:
+        description:
+          - What only people know of the HSM, for the question whether a keystore with O(oracle.auto_login) opens by itself after an outage. It is
+            looked up in the table of the vendor's guide, as M(hsm.tde.nshield_info) does, before anything is made.
+          - Where something is missing, auto-login is refused; where it is in use already, and where something is not known, that is told.
+        type: dict
+        suboptions:
+          cluster:
+            description: Whether more than one HSM serves the database. By default, if the world has more than one module.
+            type: bool
+          same_passphrase:
+            description: Whether all cards of the card set have one passphrase.
+            type: bool
+          remote_administration:
+            description: Whether cards are read through a Remote Administration channel.
+            type: bool
+          channel_script:
+            description: Whether a script makes that channel again.
+            type: bool
+          persistent_only:
+            description: Whether authorisation comes from a persistent card that is not left in a slot.
+            type: bool
       nfast_home:
         description: Where nShield's software is; C(/opt/nfast) if it was never given.
         type: path

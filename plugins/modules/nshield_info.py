@@ -393,12 +393,8 @@ def main() -> None:
                 "options": {
                     "protection": {"type": "str", "required": True, "choices": ["module", "softcard", "ocs"]},
                     "token": {"type": "str", "no_log": False},
-                    "cluster": {"type": "bool"},
                     "auto_login": {"type": "bool"},
-                    "same_passphrase": {"type": "bool"},
-                    "remote_administration": {"type": "bool"},
-                    "channel_script": {"type": "bool"},
-                    "persistent_only": {"type": "bool"},
+                    **nshield_recovery.recovery_options(),
                 },
                 "required_if": [("protection", "ocs", ["token"]), ("protection", "softcard", ["token"])],
             },

@@ -749,6 +749,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "After the transfer not all keys are where they should be.",
         "Run the task again: it goes on with those that are left. The Security World's backup is named in the result.",
     ),
+    "nshield_recovery_attended": ErrorCode(
+        "refused",
+        "Auto-login was wished for, and after an outage access to the HSM would not come back by itself.",
+        "See to what is missing, or do without auto-login: then an operator opens the keystore after an outage.",
+    ),
     "nshield_client_behind": ErrorCode(
         "unreachable",
         "This client's copy of the Security World is not the one that was expected: keys made elsewhere are missing here.",

@@ -9,6 +9,7 @@ import typing as t
 
 from ..common.errors import TdeError
 from ..common.options import kmip_options, kmip_service_options, pkcs11_options
+from ..hsm.nshield_recovery import recovery_options
 
 if t.TYPE_CHECKING:
     from .base import Engine
@@ -152,6 +153,7 @@ def oracle_options() -> dict[str, t.Any]:
         "sid": {"type": "str"},
         "separator": {"type": "str", "choices": ["|", ":"]},
         "call_timeout": {"type": "float"},
+        "recovery": {"type": "dict", "options": recovery_options()},
         "nfast_home": {"type": "path"},
         "kmdata": {"type": "path"},
         "transfer_keys": {"type": "bool", "default": False, "no_log": False},

@@ -106,6 +106,12 @@ def _channel(facts: Facts) -> Answer:
     return _not(facts.remote_administration)
 
 
+def recovery_options() -> dict[str, t.Any]:
+    """What only people know of it, as options of a module; what is not given is not known."""
+    names = ("cluster", "same_passphrase", "remote_administration", "channel_script", "persistent_only")
+    return {name: {"type": "bool"} for name in names}
+
+
 #: Every condition of the guide, once. The sentence says what must be so.
 REQUIREMENTS: dict[str, _Requirement] = {
     "fips_level": _Requirement("The Security World's FIPS level is known.", lambda facts: facts.fips_level in (2, 3) or None),

@@ -18,7 +18,7 @@ from ...common.plan import Plan, Step
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, Request, SlotWish, TablespacesWish
 from . import memo as memos
-from . import plan, sql
+from . import plan, recovery, sql
 from .act import Acts, Credentials, compose
 from .facts import Facts, Guard
 from .memo import Memo
@@ -322,6 +322,7 @@ class Work:
         if wish.state == "closed":
             outcome, facts = self.rounds(plan.closed)
         else:
+            acts.warnings += recovery.judge(self.guard, self.options, acts.memo)
             outcome, facts = self.rounds(lambda facts, wished: plan.present(facts, wished, acts.memo.guard, acts.memo.change))
             if not self.check and not outcome.plan and self.guard.hsm and not outcome.facts["restart_required"]:
                 with sql.connect(self.request.connection, self.options) as database:

@@ -10,7 +10,7 @@ import typing as t
 from ...common.errors import TdeError
 from ..telling import ALWAYS
 from . import memo as memos
-from . import sql
+from . import recovery, sql
 from .engine import Oracle, age_days, backups_need
 from .facts import Facts
 from .memo import Memo
@@ -22,9 +22,10 @@ def collect(engine: Oracle) -> Found:
     """Everything. The view that opens a keystore with auto-login is not queried where it would."""
     problems: list[str] = []
     request, options = engine.request, engine.options
-    memo, facts, error = Memo(), None, None
+    memo, facts, error, verdict = Memo(), None, None, None
     try:
         memo = memos.read(request.state, request.cluster)
+        verdict = recovery.found(memo.guard, options)
     except TdeError as exc:
         problems.append(str(exc))
     try:
@@ -68,7 +69,12 @@ def collect(engine: Oracle) -> Found:
         "problems": problems,
         "encrypted": bool(facts and facts.spaces) and all(one.algorithm for one in facts.spaces) if facts else False,
     }
-    found["gaps"] = [*problems, *gaps(facts, memo, engine.options.auto_login), *ALWAYS]
+    found["gaps"] = [
+        *problems,
+        *gaps(facts, memo, engine.options.auto_login),
+        *(recovery.sentences(verdict) if verdict else ()),
+        *ALWAYS,
+    ]
     return found
 
 

@@ -27,6 +27,7 @@ class Options:
 
     :ivar containers: PDBs that are meant; None for all.
     :ivar call_timeout: seconds for one statement.
+    :ivar recovery: what only people know of the recovery after an outage; of :func:`nshield_recovery.recovery_options`.
     """
 
     service: str
@@ -40,6 +41,7 @@ class Options:
     sid: str
     separator: str
     call_timeout: float
+    recovery: t.Mapping[str, bool | None] | None
     nfast_home: str
     kmdata: str | None
     transfer_keys: bool
@@ -72,6 +74,7 @@ _DEFAULTS: dict[str, t.Any] = {
     "sid": "*",
     "separator": "|",
     "call_timeout": 120.0,
+    "recovery": None,
     "nfast_home": HOME,
     "kmdata": None,
     "backup_directory": None,
