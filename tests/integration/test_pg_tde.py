@@ -71,6 +71,15 @@ def test_tables_are_converted(host: Host, rows: str) -> None:
     assert host.set_keys()["shop"] == "hsm-tde.main of hsm-tde-file"
 
 
+def test_large_objects_are_never_called_encrypted(host: Host) -> None:
+    assert host.run("tde_info")["encrypted"] is True
+    number = host.server.psql("SELECT lo_from_bytea(0, 'the plain text')", "shop")
+    info = host.run("tde_info")
+    assert info["encrypted"] is False
+    assert any("Large objects" in gap and "shop" in gap for gap in info["gaps"])
+    host.server.psql(f"SELECT lo_unlink({number})", "shop")
+
+
 def test_the_stand_in_encrypts_nothing_and_the_proof_says_so(host: Host) -> None:
     found = host.run("tde_proof", tablespaces=["tde_heap"], relations=["shop.public.orders"])["proofs"]
     assert [one["verdict"] for one in found] == ["plain", "plain"]

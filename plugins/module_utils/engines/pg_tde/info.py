@@ -117,8 +117,10 @@ def _databases(facts: sql.Facts | None) -> list[Facts]:
 
 
 def _covered(found: Facts, facts: sql.Facts, extension: str) -> bool:
-    """Whether no table of users and no write-ahead log is in the clear, by the server's word."""
+    """Whether no table of users, no large object and no write-ahead log is in the clear, by the server's word."""
     tables = [table for database in facts.databases.values() for table in database.tables]
+    if any(database.large_objects for database in facts.databases.values()):
+        return False
     return bool(tables) and all(table.encrypted for table in tables) and facts.running.get(f"{extension}.wal_encrypt") == "on"
 
 
@@ -140,6 +142,9 @@ def _gaps(found: Facts, facts: sql.Facts | None, engine: PgTde) -> t.Iterator[st
     if plain:
         more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""
         yield f"{len(plain)} tables are in the clear: {', '.join(plain[:3])}{more}."
+    objects = [name for name, database in facts.databases.items() if database.large_objects]
+    if objects:
+        yield f"Large objects are in a system catalog, which pg_tde leaves in the clear: those of {', '.join(objects)}."
     if facts.running.get(f"{engine.options.extension}.wal_encrypt") != "on":
         yield "The write-ahead log is in the clear, with every change of the encrypted tables in it, and so is its archive."
     for whose, name, key in every_key(facts):

@@ -86,7 +86,8 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Database:
-    """A database. :param schema: where the extension's functions are, None without it."""
+    """A database. :param schema: where the extension's functions are, None without it. :param large_objects: whether it holds some,
+    which are in a system catalog and so never encrypted."""
 
     name: str
     schema: str | None = None
@@ -94,6 +95,7 @@ class Database:
     providers: tuple[Provider, ...] = ()
     tables: tuple[Table, ...] = ()
     default_method: str = ""
+    large_objects: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +202,11 @@ def _database(connection: psycopg.Connection[t.Any], name: str, extension: str, 
         " AND starts_with(c, 'default_table_access_method=')), '')"
     ).fetchone()
     found = Database(
-        name, row[0] if row else None, tables=tuple(Table(*one) for one in tables), default_method=default[0] if default else ""
+        name,
+        row[0] if row else None,
+        tables=tuple(Table(*one) for one in tables),
+        default_method=default[0] if default else "",
+        large_objects=connection.execute("SELECT FROM pg_largeobject_metadata LIMIT 1").fetchone() is not None,
     )
     if found.schema is None or not loaded:
         return found
