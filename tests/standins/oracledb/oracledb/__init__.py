@@ -75,9 +75,9 @@ class Connection:
     :ivar call_timeout: milliseconds that one call may take; 0 for any time.
     """
 
-    def __init__(self, database: Database, life: int, sysdba: bool) -> None:
+    def __init__(self, database: Database, life: int, sysdba: bool, instance: str) -> None:
         self.call_timeout = 0
-        self._database, self._life, self._sysdba = database, life, sysdba
+        self._database, self._life, self._sysdba, self._instance = database, life, sysdba, instance
         self._container = "CDB$ROOT"
         self.autocommit = False
 
@@ -95,7 +95,9 @@ class Connection:
 
     def run(self, statement: str, parameters: t.Any) -> list[tuple[t.Any, ...]]:
         try:
-            rows, self._container = self._database.execute(statement, parameters, self._container, self._life, self._sysdba)
+            rows, self._container = self._database.execute(
+                statement, parameters, self._container, self._life, self._sysdba, self._instance
+            )
         except Refused as exc:
             if exc.hang:
                 # Packets are dropped: nothing is said until the client gives up.
@@ -128,4 +130,6 @@ def connect(
     by_the_system = dsn is None and user is None
     if not by_the_system and (password is None or state["users"].get((user or "").upper()) != password):
         raise DatabaseError(_Reason("ORA-01017", f"invalid credential or not authorized; logon denied ({user}/{password})"))
-    return Connection(database, state["life"], mode == AUTH_MODE_SYSDBA)
+    # Of a cluster: the instance on the host that the address names.
+    instance = database.instance((dsn or "").partition(":")[0])
+    return Connection(database, state["life"], mode == AUTH_MODE_SYSDBA, instance)

@@ -15,12 +15,14 @@ import re
 import time
 import typing as t
 
-from .hsm import Hsm, LoginRefused
+from .hsm import MODULE, Hsm, LoginRefused
 
 Json = t.Dict[str, t.Any]
 Rows = t.List[t.Tuple[t.Any, ...]]
 
 ROOT = 1
+#: The instance of a database that has but one.
+INSTANCE = ""
 _Q = r'"([^"]*)"'
 _BY = rf"IDENTIFIED BY (?:EXTERNAL STORE|{_Q})"
 _EPOCH = datetime.datetime(2026, 1, 1, 9, 0)
@@ -85,11 +87,13 @@ class Database:
         *,
         pdbs: t.Sequence[str] = ("PDB1", "PDB2"),
         nfast_home: str | None = None,
+        instances: t.Mapping[str, str] | None = None,
         users: t.Mapping[str, str] | None = None,
     ) -> Database:
         """A multitenant database that runs, without a keystore.
 
         :param nfast_home: the host's nShield software (tests/standins/nshield); without it, an HSM of its own.
+        :param instances: of a cluster (RAC): the hosts by name, each with its nShield software.
         """
         database = cls(path)
         database.path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +115,7 @@ class Database:
             "spaces": {number: {} for number in containers},
             "columns": {},
             "faults": {},
-            "hsm": {"home": nfast_home, "tokens": {}, "keys": {}},
+            "hsm": {"homes": dict(instances or {INSTANCE: nfast_home}), "tokens": {}, "keys": {}},
         }
         database._write(state)
         return database
@@ -189,7 +193,14 @@ class Database:
 
     # --- SQL
 
-    def execute(self, statement: str, parameters: t.Any, container: str, life: int, sysdba: bool) -> tuple[Rows, str]:
+    def instance(self, host: str) -> str:
+        """The instance on a host; the first one where the host has none."""
+        found = self.state()["hsm"]["homes"]
+        return host if host in found else next(iter(found))
+
+    def execute(
+        self, statement: str, parameters: t.Any, container: str, life: int, sysdba: bool, instance: str = INSTANCE
+    ) -> tuple[Rows, str]:
         """Carry out one statement. :returns: its rows, and the session's container after it.
 
         :raises Refused: what the server answers.
@@ -204,7 +215,7 @@ class Database:
             hang = state["faults"].get("hang")
             if hang and re.search(hang, text):
                 raise Refused("", hang=True)
-            session = _Session(state, Hsm(state["hsm"]), container, sysdba)
+            session = _Session(state, instance, container, sysdba)
             try:
                 rows = session.run(text, parameters)
             except Refused as exc:
@@ -233,8 +244,9 @@ def _number(state: Json, name: str) -> str:
 class _Session:
     """One statement of one session."""
 
-    def __init__(self, state: Json, hsm: Hsm, container: str, sysdba: bool) -> None:
-        self.state, self.hsm, self.container, self.sysdba = state, hsm, container, sysdba
+    def __init__(self, state: Json, instance: str, container: str, sysdba: bool) -> None:
+        self.state, self.instance, self.container, self.sysdba = state, instance, container, sysdba
+        self.hsm = Hsm(state["hsm"], instance)
 
     @property
     def number(self) -> str:
@@ -339,7 +351,18 @@ class _Session:
         if known is not None and known["credential"] != _sealed(credential):
             # The library of a running instance keeps its login: the guide bounces the database for another one.
             raise Refused("ORA-28353")
-        self.state["login"] = {"credential": _sealed(credential), "token": token}
+        # What one instance of a cluster does to the keystore, all do, each at its own HSM; who is logged in stays so.
+        tokens = {self.instance: token, **(known["tokens"] if known else {})}
+        for other in set(self.state["hsm"]["homes"]) - set(tokens):
+            with contextlib.suppress(LoginRefused, OSError):
+                tokens[other] = Hsm(self.state["hsm"], other).login(credential)
+        self.state["login"] = {"credential": _sealed(credential), "tokens": tokens}
+
+    @property
+    def _token(self) -> str | None:
+        """What this instance's login opened."""
+        found: str | None = self.state["login"] and self.state["login"]["tokens"].get(self.instance)
+        return found
 
     def _open(self, match: re.Match[str], dummy: t.Any) -> None:
         credential = self._credential(match[1])
@@ -401,7 +424,7 @@ class _Session:
         for key in self.state["keys"]:
             if key["container"] != number or number not in self.state["open"][key["store"]]:
                 continue
-            if key["store"] == "HSM" and not self.hsm.has(self.state["login"] and self.state["login"]["token"], key["label"]):
+            if key["store"] == "HSM" and not self.hsm.has(self._token, key["label"]):
                 continue
             found.append(key)
         return found
@@ -417,7 +440,7 @@ class _Session:
         key["label"] = f"ORACLE.TDE.HSM.MK.{identifier}"
         if store == "HSM":
             try:
-                self.hsm.make(self.state["login"]["token"], key["label"])
+                self.hsm.make(self._token or MODULE, key["label"])
             except OSError:
                 raise Refused("ORA-28407") from None
         self.state["keys"].append(key)

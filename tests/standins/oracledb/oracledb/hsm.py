@@ -20,14 +20,14 @@ class LoginRefused(Exception):
 
 
 class Hsm:
-    """The HSM of a database's state.
+    """The HSM of a database's state, as one instance of the database has it.
 
-    :param state: ``home``: the host's nShield software; without it ``tokens`` and ``keys``.
+    :param state: ``homes``: the nShield software of each instance's host; without it ``tokens`` and ``keys``.
     """
 
-    def __init__(self, state: Json) -> None:
+    def __init__(self, state: Json, instance: str) -> None:
         self.state = state
-        self._credential = ""
+        self.home = state["homes"].get(instance)
 
     def _client(self) -> t.Any:
         folder = str(pathlib.Path(__file__).resolve().parents[2] / "nshield")
@@ -35,7 +35,7 @@ class Hsm:
             sys.path.append(folder)
         import world
 
-        return world.Client(self.state["home"])
+        return world.Client(self.home)
 
     def login(self, credential: str) -> str:
         """The token that a credential opens. One that is not known is taken for a module passphrase, silently (seed).
@@ -44,7 +44,7 @@ class Hsm:
         """
         if self.state.get("down"):
             raise OSError("no module answers")
-        if self.state["home"]:
+        if self.home:
             client = self._client()
             try:
                 session = client.login(credential)
@@ -74,7 +74,7 @@ class Hsm:
         """Whether a login shows a key."""
         if token is None:
             return False
-        if self.state["home"]:
+        if self.home:
             self._client()
             return self._session(token).find(label) is not None
         return bool(self.state["keys"].get(label) == token)
@@ -83,7 +83,7 @@ class Hsm:
         """Make a key; :raises OSError: the HSM does not answer."""
         if self.state.get("down"):
             raise OSError("no module answers")
-        if self.state["home"]:
+        if self.home:
             self._client()
             self._session(token).create_key(label)
         else:
