@@ -3,7 +3,7 @@
 """Whether files of PostgreSQL pages are in the clear or look encrypted, judged from what stands in them.
 
 For servers that encrypt pages themselves: below them, nothing tells but the bytes. A page is plain if its header is
-sound and its unused middle is zeros or its line pointers point into it (PostgreSQL's manual, "Database Page Layout");
+sound and its unused middle is zeros or its line pointers point to what follows it (PostgreSQL's manual, "Database Page Layout");
 it is opaque if its body cannot be compressed.
 """
 
@@ -67,11 +67,16 @@ def _sound(page: bytes) -> bool:
     flags, lower, upper, special, version = struct.unpack_from("<HHHHH", page, 10)
     if version != _VERSION or flags & ~_FLAGS or not _HEADER <= lower <= upper <= special <= PAGE:
         return False
-    if upper - lower >= _HOLE:
-        return not page[lower:upper].strip(b"\0")
-    pointers = struct.unpack_from(f"<{(lower - _HEADER) // 4}I", page, _HEADER)
+    hole = page[lower:upper]
+    if len(hole) >= _HOLE and not hole.strip(b"\0"):
+        return True
     # ItemIdData: 15 bits offset, 2 bits flags, 15 bits length; those without storage point nowhere.
-    return all(not (one >> 17) or (upper <= (one & 0x7FFF) and (one & 0x7FFF) + (one >> 17) <= special) for one in pointers)
+    pointers = struct.unpack_from(f"<{(lower - _HEADER) // 4}I", page, _HEADER)
+    items = [(one & 0x7FFF, one >> 17) for one in pointers if one >> 17]
+    if not all(upper <= start and start + length <= special for start, length in items):
+        return False
+    # What was removed from a page stays in its middle (bufpage.c, compactify_tuples); then the lowest item ends it.
+    return len(hole) < _HOLE or (bool(items) and min(items)[0] == upper)
 
 
 def read(paths: t.Sequence[str], known: t.Collection[bytes] = ()) -> PageFacts:

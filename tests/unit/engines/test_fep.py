@@ -243,6 +243,20 @@ def test_encrypted_is_said_only_if_nothing_speaks_against_it(
     assert (verdict == "encrypted") == bool(opaque and not plain and not unclear and not found and control)
 
 
+def test_what_a_removed_row_leaves_in_a_page_is_not_taken_for_a_cipher_s(tmp_path: Path) -> None:
+    """Two rows of 4080 bytes that nothing compresses, the second one deleted and the page pruned, as PostgreSQL 15 leaves it."""
+    noise = random.Random(7).randbytes
+    path = tmp_path / "pruned"
+    header = struct.pack("<QHHHHHHI", 1, 0, 4, 28, 4112, 8192, 8196, 0)
+    path.write_bytes(b"".join(header + struct.pack("<I", 4080 << 17 | 1 << 15 | 4112) + noise(8164) for dummy in range(4)))
+    facts = pages.read([str(path)])
+    facts.control = 1
+    assert pages.judge(facts)[0] == "plain"
+    # The header alone in the clear, above a body that is a cipher's.
+    path.write_bytes(b"".join(header + noise(8168) for dummy in range(500)))
+    assert pages.read([str(path)]).pages[pages.PLAIN] == 0
+
+
 def test_what_is_no_file_is_told_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "1")
     (tmp_path / "2").write_bytes(b"x" * (pages.FILE_BUDGET + 1))
