@@ -171,11 +171,15 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeMo
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.options import kmip_options
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import NAME, StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.engines.userside import is_published
+from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretfile import describe_secrets
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import KeyStore
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import kmip_access
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.kek import SERIAL
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.keylist import KeyList, Wish
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.keys import Spec
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.registry import Registry
 
 SPEC = {
     "keys": {
@@ -217,19 +221,28 @@ SPEC = {
 
 
 def keyslots_at(state: StateDirectory, service: str) -> dict[str, list[str]]:
-    """The keys at a service that keyslots of this host's keystores name, by id.
+    """The keys at a service that keyslots of this host's keystores and wrapped secrets name, by id.
 
-    A keystore that cannot be read is an error: then nobody can say that a key is not needed.
+    A keystore or secret that cannot be read is an error: then nobody can say that a key is not needed. What a database's own
+    user keeps, root does not read: every master key that was made for it counts as needed.
     """
     store = os.path.join(state.path, "store")
     clusters = sorted(name for name in (os.listdir(store) if os.path.isdir(store) else []) if NAME.fullmatch(name))
+    wrapped = [
+        (slot, f"data key {key['key_id']} of cluster {cluster}")
+        for cluster in clusters
+        for key in KeyStore(state, cluster).describe()
+        for slot in key["keyslots"]
+    ]
+    wrapped += [(slot, f"wrapped secret {secret['path']}") for secret in describe_secrets(state) for slot in secret["keyslots"]]
     uses: dict[str, list[str]] = {}
-    for cluster in clusters:
-        for key in KeyStore(state, cluster).describe():
-            for slot in key["keyslots"]:
-                if slot["kmip_service"] == service:
-                    words = f"keyslot {slot['name']} of data key {key['key_id']} of cluster {cluster}"
-                    uses.setdefault(slot["kek_id"], []).append(words)
+    for slot, obj in wrapped:
+        if slot["kmip_service"] == service:
+            uses.setdefault(slot["kek_id"], []).append(f"keyslot {slot['name']} of {obj}")
+    registry = Registry(state)
+    for row in registry.keys():  # noqa: SIM118 - a list, not a mapping
+        if row["cluster"] and registry.is_in(row, service, SERIAL) and is_published(state, row["cluster"]):
+            uses.setdefault(row["id"], []).append(f"the secret of cluster {row['cluster']}")
     return uses
 
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: wrapped_secret
-short_description: Keep a secret in a file that only a token or a passphrase opens
+short_description: Keep a secret in a file that only a token, a KMIP server or a passphrase opens
 version_added: 0.1.0
 description:
   - Wraps a secret of your own, such as a key or passphrase for C(pgcrypto), to a file on the target, under one or more keyslots.
-  - A keyslot is a key-encryption key in a PKCS#11 token, or one that is derived from a passphrase and verified before it is used.
+  - A keyslot is a key-encryption key in a PKCS#11 token or at a KMIP server, or one that is derived from a passphrase and verified before it is used.
   - The secret is never returned. It comes out to a file of mode 0600 on the target with O(state=unwrapped), or to a pipe with
     the command C(hsm-tde unwrap).
-  - The file names no library, no PIN and no PIN's source. It can be copied, and opened wherever one of its keyslots can be. A file
+  - The file names no library, no PIN, no PIN's source and no server. It can be copied, and opened wherever one of its keyslots can be. A file
     that was changed, rolled back, or put in another's place is refused.
 author:
   - The hsm.tde authors (@hsm-tde)
 extends_documentation_fragment:
   - hsm.tde.pkcs11
+  - hsm.tde.kmip
   - hsm.tde.state
 options:
   path:
@@ -59,6 +60,7 @@ options:
         choices:
           token: A key in a PKCS#11 token.
           passphrase: A passphrase.
+          kmip: A key at a KMIP server, which encrypts and decrypts itself where it speaks KMIP 1.4; else the key is got for each use.
         default: token
       passphrase:
         description: The passphrase, in quotes, at least 12 characters.
@@ -78,17 +80,42 @@ options:
       library:
         description: The token's PKCS#11 library, if it is not the task's own.
         type: path
+      kmip:
+        description: The key management service, with V(kmip). What is left out is the task's own, O(kmip_servers) and its kind.
+        type: dict
+        suboptions:
+          service:
+            description: As O(kmip_service).
+            type: str
+          servers:
+            description: As O(kmip_servers).
+            type: list
+            elements: str
+          ca:
+            description: As O(kmip_ca).
+            type: path
+          certificate:
+            description: As O(kmip_certificate).
+            type: path
+          certificate_key:
+            description: As O(kmip_certificate_key).
+            type: path
+          timeout:
+            description: As O(kmip_timeout).
+            type: float
   credentials:
     description:
       - What opens the file now, where it is not one of O(keyslots), for example the old passphrase.
       - They are tried first, in order, each under a name of its own.
-      - A token that is not named is the task's own.
+      - A token or KMIP service that is not named is the task's own.
     type: list
     elements: dict
     suboptions: *slots
   kek_label:
     description:
-      - Label of the key-encryption key in the token, for every keyslot under a token that is made. The key is made if this host has not made it yet.
+      - Label of the key-encryption key in the token or at the KMIP server, for every such keyslot that is made. The key is made if this host
+        has not made it yet.
+      - Hosts that show a KMIP server the same certificate need a label each.
       - With O(state=rewrapped) another label puts the keyslots under another key, which is how the key-encryption key is rotated.
     type: str
     default: hsm-tde.secrets
@@ -112,7 +139,7 @@ options:
   keyslots_exclusive:
     description:
       - Remove the keyslots that are not listed, after those listed were proved.
-      - It is no revocation. An old copy of the file with the old passphrase or token still gives the secret.
+      - It is no revocation. An old copy of the file with the old passphrase, token or key at a KMIP server still gives the secret.
     type: bool
     default: false
   replace_lost:
@@ -134,14 +161,16 @@ options:
 attributes:
   check_mode:
     description:
-      - Opens an existing file, or logs in to the token where a new key would be made, and returns the plan. If the PIN is wrong that spends a try.
-      - Nothing is wrapped, written or made in a token.
+      - Opens an existing file, logs in to the token where a new key would be made, asks the KMIP server where a keyslot would be made, and returns
+        the plan. If the PIN is wrong that spends a try.
+      - Nothing is wrapped, written or made in a token or at a server.
     support: full
   diff_mode:
     description: Shows the file's public facts before and after, never the secret.
     support: full
 seealso:
   - module: hsm.tde.tde_keystore
+  - module: hsm.tde.kmip_key
 """
 
 EXAMPLES = r"""
@@ -201,6 +230,22 @@ EXAMPLES = r"""
     credentials:
       - protection: passphrase
         passphrase: "{{ vault_new_passphrase }}"
+
+- name: Move it from the token to a key management service
+  hsm.tde.wrapped_secret:
+    path: /etc/app/report.key
+    state: rewrapped
+    kmip_servers: [kms1.example.com, kms2.example.com]
+    kmip_ca: /etc/hsm-tde/kmip-ca.pem
+    kmip_certificate: /etc/hsm-tde/kmip.pem
+    kmip_certificate_key: /etc/hsm-tde/kmip.key
+    library: /usr/lib/softhsm/libsofthsm2.so
+    token_label: demo
+    pin: "{{ vault_pin }}"
+    keyslots:
+      - protection: kmip
+    credentials:
+      - protection: token
 """
 
 RETURN = r"""
@@ -310,10 +355,11 @@ import typing as t
 from ansible_collections.hsm.tde.plugins.module_utils.common import plan as planning
 from ansible_collections.hsm.tde.plugins.module_utils.common.bridge import TdeModule, run_module
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
-from ansible_collections.hsm.tde.plugins.module_utils.common.options import pkcs11_options
+from ansible_collections.hsm.tde.plugins.module_utils.common.options import kmip_options, pkcs11_options
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import secret_from_option
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.engines import secret_slots_option
+from ansible_collections.hsm.tde.plugins.module_utils.engines.keyslots import KMIP, TOKEN
 from ansible_collections.hsm.tde.plugins.module_utils.engines.request import slots
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretfile import SecretFile
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretservice import (
@@ -326,6 +372,25 @@ from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretservice imp
     Wish,
 )
 
+SPEC: dict[str, t.Any] = {
+    "path": {"type": "path", "required": True},
+    "name": {"type": "str"},
+    "state": {"type": "str", "choices": ["present", "rewrapped", "unwrapped"], "default": "present"},
+    "keyslots": secret_slots_option(),
+    "credentials": secret_slots_option(),
+    "kek_label": {"type": "str", "default": DEFAULT_KEK},
+    "secret": {"type": "str", "no_log": True},
+    "generate_length": {"type": "int"},
+    "update": {"type": "str", "choices": ["on_create", "always"], "default": "on_create"},
+    "keyslots_exclusive": {"type": "bool", "default": False},
+    "replace_lost": {"type": "bool", "default": False},
+    "destination": {"type": "path"},
+    "owner": {"type": "str"},
+    "group": {"type": "str"},
+    **pkcs11_options(),
+    **kmip_options(),
+}
+
 
 def slot_wishes(params: t.Mapping[str, t.Any], option: str) -> tuple[SlotWish, ...]:
     """The keyslots of an option, each with what opens it.
@@ -335,12 +400,21 @@ def slot_wishes(params: t.Mapping[str, t.Any], option: str) -> tuple[SlotWish, .
     found = []
     for number, wish in enumerate(slots({**params, "keyslots": params[option]}) or ()):
         where = f"option {option}[{number}]"
-        if wish.protection == "token":
+        if wish.protection == TOKEN:
             if wish.access is None:
                 raise TdeError(
                     "credential_missing", "no token was named", obj=where, next_step="Set library, token_label and pin."
                 )
             found.append(SlotWish(wish.name, access=wish.access))
+        elif wish.protection == KMIP:
+            if wish.kmip is None:
+                raise TdeError(
+                    "credential_missing",
+                    "no KMIP server was named",
+                    obj=where,
+                    next_step="Set kmip_servers, kmip_ca, kmip_certificate and kmip_certificate_key.",
+                )
+            found.append(SlotWish(wish.name, kmip=wish.kmip))
         elif wish.passphrase is None:
             raise TdeError("credential_missing", "its passphrase was not given", obj=where, next_step="Set passphrase.")
         else:
@@ -424,23 +498,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
 def main() -> None:
     run_module(
         act,
-        {
-            "path": {"type": "path", "required": True},
-            "name": {"type": "str"},
-            "state": {"type": "str", "choices": ["present", "rewrapped", "unwrapped"], "default": "present"},
-            "keyslots": secret_slots_option(),
-            "credentials": secret_slots_option(),
-            "kek_label": {"type": "str", "default": DEFAULT_KEK},
-            "secret": {"type": "str", "no_log": True},
-            "generate_length": {"type": "int"},
-            "update": {"type": "str", "choices": ["on_create", "always"], "default": "on_create"},
-            "keyslots_exclusive": {"type": "bool", "default": False},
-            "replace_lost": {"type": "bool", "default": False},
-            "destination": {"type": "path"},
-            "owner": {"type": "str"},
-            "group": {"type": "str"},
-            **pkcs11_options(),
-        },
+        SPEC,
         libraries=("cryptography", "pkcs11"),
         required_if=[("state", "unwrapped", ("destination",))],
         mutually_exclusive=[("secret", "generate_length")],

@@ -34,6 +34,7 @@ import threading
 import time
 import typing as t
 from pathlib import Path
+from unittest import mock
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -219,6 +220,30 @@ class KmipServer:
             "kmip_timeout": 5,
             **more,
         }
+
+
+def create_seen_by_all(client: t.Any, name: str) -> str:
+    """Make a key under the operation policy with which everybody finds it, and only its owner may use it. :returns: its id."""
+    from kmip.core import enums, objects
+    from kmip.core.factories.attributes import AttributeFactory
+
+    make, build = AttributeFactory.create_attribute, objects.TemplateAttribute.__init__
+
+    def shared(self: t.Any, kind: t.Any, value: t.Any, *more: t.Any) -> t.Any:
+        # One attribute of the template becomes two.
+        made = make(self, kind, value, *more)
+        if kind == enums.AttributeType.CRYPTOGRAPHIC_LENGTH:
+            return [made, make(self, enums.AttributeType.OPERATION_POLICY_NAME, SEEN_BY_ALL)]
+        return made
+
+    def flat(self: t.Any, names: t.Any = None, attributes: t.Any = None, **more: t.Any) -> None:
+        build(self, names, [one for item in attributes or () for one in (item if isinstance(item, list) else [item])], **more)
+
+    with (
+        mock.patch.object(AttributeFactory, "create_attribute", shared),
+        mock.patch.object(objects.TemplateAttribute, "__init__", flat),
+    ):
+        return str(client.create(name, "aes", 256, ["encrypt", "decrypt"]))
 
 
 class Relay:

@@ -29,7 +29,14 @@ from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import KmipAcc
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.channel import Channel
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.registry import Registry
-from ansible_collections.hsm.tde.tests.integration.kmip import SEEN_BY_ALL, Authority, Certificate, KmipServer, Relay, free_port
+from ansible_collections.hsm.tde.tests.integration.kmip import (
+    Authority,
+    Certificate,
+    KmipServer,
+    Relay,
+    create_seen_by_all,
+    free_port,
+)
 
 pytestmark = pytest.mark.root
 
@@ -303,37 +310,9 @@ def test_two_of_one_name_are_named(kmip_server: KmipServer, state: StateDirector
 
 
 def test_a_key_of_another_owner(kmip_server: KmipServer, state: StateDirectory) -> None:
-    from kmip.core import enums
-    from kmip.core.factories.attributes import AttributeFactory
-
-    original = AttributeFactory.create_attribute
-
     with Client(access(kmip_server, "other")) as other:
         hidden = other.create("hidden", "aes", 256, ["encrypt"])
-        with pytest.MonkeyPatch.context() as patch:
-
-            def shared(self: t.Any, name: t.Any, value: t.Any, *more: t.Any) -> t.Any:
-                # The last attribute of the template becomes two: the operation policy with which everybody finds the key.
-                made = original(self, name, value, *more)
-                if name == enums.AttributeType.CRYPTOGRAPHIC_LENGTH:
-                    return [made, original(self, enums.AttributeType.OPERATION_POLICY_NAME, SEEN_BY_ALL)]
-                return made
-
-            patch.setattr(AttributeFactory, "create_attribute", shared)
-            from kmip.core import objects
-
-            build = objects.TemplateAttribute.__init__
-
-            def flat(self: t.Any, names: t.Any = None, attributes: t.Any = None, **more: t.Any) -> None:
-                build(
-                    self,
-                    names,
-                    [one for item in attributes or () for one in (item if isinstance(item, list) else [item])],
-                    **more,
-                )
-
-            patch.setattr(objects.TemplateAttribute, "__init__", flat)
-            other.create("shown", "aes", 256, ["encrypt"])
+        create_seen_by_all(other, "shown")
     with Client(access(kmip_server)) as client:
         assert client.locate("hidden") == []
         assert refused(lambda: client.attributes(hidden)).code == "kmip_permission_denied"

@@ -256,7 +256,7 @@ class Town(Estate):
         tries = credentials.tries(read_record(state, "main"), keyslot_tokens(state, "main"), credentials.Given(), may_ask=False)
         for number, one in enumerate(tries):
             try:
-                assert killing.opened(self.state, [credentials.for_keystore(one)]) == self.data_keys
+                assert killing.opened(self.state, credentials.for_keystore(one)) == self.data_keys
                 return
             except TdeError as exc:
                 if exc.code != "pin_refused" or number == len(tries) - 1:

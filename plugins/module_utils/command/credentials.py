@@ -262,15 +262,13 @@ def ask(prompt: str, obj: str) -> Secret:
     return one_line(getpass.getpass(prompt).encode(), "what was typed")
 
 
-def for_keystore(credential: Credential) -> TokenCredential | KmipCredential | PassphraseCredential:
-    """A credential as the keystore takes it.
-
-    :raises ValueError: neither token nor service nor passphrase.
-    """
+def for_keystore(credential: Credential) -> list[TokenCredential | KmipCredential | PassphraseCredential]:
+    """A credential as the keystore takes it: the token first, for it may be nearer than a service."""
+    found: list[TokenCredential | KmipCredential | PassphraseCredential] = []
     if credential.access is not None:
-        return TokenCredential(credential.access)
+        found.append(TokenCredential(credential.access))
     if credential.kmip is not None:
-        return KmipCredential(credential.kmip)
-    if credential.passphrase is None:
-        raise ValueError("an empty credential")
-    return PassphraseCredential(credential.passphrase)
+        found.append(KmipCredential(credential.kmip))
+    if credential.passphrase is not None:
+        found.append(PassphraseCredential(credential.passphrase))
+    return found

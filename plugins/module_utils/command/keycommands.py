@@ -163,7 +163,7 @@ def unwrap(arguments: argparse.Namespace) -> int:
     on = sorted((token for token in on if token.label in order), key=lambda token: order.index(token.label)) or on
 
     def act(one: credentials.Credential) -> None:
-        write_out(open_secret(file, [credentials.for_keystore(one)]))
+        write_out(open_secret(file, credentials.for_keystore(one)))
 
     keystores.try_each(own.tries(on, stated), act, SECONDS)
     return DONE

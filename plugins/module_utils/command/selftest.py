@@ -214,5 +214,5 @@ def _login(state: StateDirectory, credential: credentials.Credential) -> str:
 def _keys(state: StateDirectory, cluster: str, credential: credentials.Credential) -> str:
     store = KeyStore(state, cluster)
     key_ids = store.key_ids()
-    opened = store.open_keys(key_ids, [credentials.for_keystore(credential)])
+    opened = store.open_keys(key_ids, credentials.for_keystore(credential))
     return f"{len(opened)} of {len(key_ids)} data keys open"

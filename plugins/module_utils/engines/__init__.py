@@ -194,13 +194,14 @@ def secret_slots_option() -> dict[str, t.Any]:
         "no_log": False,
         "options": {
             "name": {"type": "str", "default": "primary"},
-            "protection": {"type": "str", "choices": ["token", "passphrase"], "default": "token"},
+            "protection": {"type": "str", "choices": ["token", "passphrase", "kmip"], "default": "token"},
             "passphrase": {"type": "str", "no_log": True},
             "token_label": {"type": "str", "no_log": False},
             "token_serial": {"type": "str", "no_log": False},
             "slot_id": {"type": "int"},
             "pin": {"type": "str", "no_log": True},
             "library": {"type": "path"},
+            "kmip": {"type": "dict", "options": kmip_service_options()},
         },
     }
 
@@ -209,5 +210,4 @@ def keyslots_option() -> dict[str, t.Any]:
     """The option ``keyslots`` of the modules that make or change keyslots (fragment ``hsm.tde.database.keyslots``)."""
     option = secret_slots_option()
     option["options"]["protection"]["choices"] = list(PROTECTIONS)
-    option["options"]["kmip"] = {"type": "dict", "options": kmip_service_options()}
     return option

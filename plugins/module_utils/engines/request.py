@@ -49,8 +49,9 @@ def request(params: Params) -> Request:
 
 
 def _service(params: Params) -> KmipAccess | None:
-    """The KMIP service of the task; what it leaves out is taken from the cluster's record."""
-    record = records.read(StateDirectory(params["state_directory"]), check_name("cluster", params["cluster"]))
+    """The KMIP service of the task; what it leaves out is taken from the cluster's record. A user's own secret has none."""
+    cluster = params.get("cluster")
+    record = records.read(StateDirectory(params["state_directory"]), check_name("cluster", cluster)) if cluster else None
     return kmip_access(params, record.service(params["kmip_service"]) if record else None)
 
 

@@ -17,6 +17,8 @@ from ..common.journal import Journal
 from ..common.plan import Plan, Step, run
 from ..common.secret import Secret
 from ..common.state import StateDirectory
+from ..kmip import kek as kmip_kek
+from ..kmip.client import Client
 from ..pkcs11.kek import check_kek, create_kek
 from ..pkcs11.keys import KeyRef
 from ..pkcs11.library import load
@@ -26,9 +28,10 @@ from .format import Document, Keyslot
 from .keyfile import sweep
 from .passphrase import check_length
 from .secretfile import SecretFile, note_unwrapped
-from .store import PassphraseSlot, Slot, TokenCredential, TokenSlot, document_facts
+from .store import KmipCredential, KmipSlot, PassphraseSlot, Slot, TokenCredential, TokenSlot, document_facts
 
 if t.TYPE_CHECKING:
+    from ..kmip.access import KmipAccess
     from .protection import Credential
 
 #: Label of the KEK for secrets that belong to no cluster.
@@ -52,15 +55,12 @@ _NOT_YET = (
 
 @dataclasses.dataclass(frozen=True)
 class SlotWish:
-    """A keyslot wished for, or what opens one: under a passphrase, or in a token."""
+    """A keyslot wished for, or what opens one: under a passphrase, in a token, or at a KMIP service."""
 
     name: str
     passphrase: Secret | None = None
     access: TokenAccess | None = None
-
-    @property
-    def protection(self) -> str:
-        return "passphrase" if self.access is None else "token"
+    kmip: KmipAccess | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,7 @@ class SecretService:
         return Facts(opened.document, fitting, missing, same, delivered)
 
     def _missing(self, exists: bool) -> list[str]:
-        return [one.name for one in self.wish.slots if one.access and self._kek(one.access, exists) is None]
+        return [one.name for one in self.wish.slots if one.passphrase is None and self._kek(one, exists) is None]
 
     def run(self) -> Plan:
         """Decide, and act unless in check mode.
@@ -250,7 +250,7 @@ class SecretService:
     def _ready(self, steps: Plan) -> None:
         """Refuse, before the first step, what would stop the plan half-way. Check mode needs no PIN, nor the token of a task before.
 
-        :raises TdeError: ``passphrase_length``, what a login answers and what :func:`create_kek` refuses.
+        :raises TdeError: ``passphrase_length``, what a login or the KMIP server answers and what :func:`create_kek` refuses.
         """
         new: set[str] = set()
         for step in steps:
@@ -259,18 +259,21 @@ class SecretService:
             elif step.action == "add_keyslot":
                 new.add(step.data["name"])
         for one in self.wish.slots:
-            if one.passphrase and one.name in new:
+            if one.passphrase is not None and one.name in new:
                 check_length(PassphraseSlot(one.name, one.passphrase))
+            if one.kmip and one.name in new:
+                with Client(one.kmip) as client:
+                    kmip_kek.standing(client, self.wish.kek_label, self._registry, Journal(self.state.journal))
         for step in steps:
-            if step.action == "create_kek":
-                access = self._access(step.data["name"])
+            access = self._named(step.data["name"]).access if step.action == "create_kek" else None
+            if access:
                 if self.check and (access.pin is None or self._token(access, exists=False) is None):
                     continue
                 with open_session(access, self.state) as session:
                     check_kek(session, self.wish.kek_label, registry=self._registry, journal=Journal(self.state.journal))
 
-    def _access(self, name: str) -> TokenAccess:
-        return t.cast(TokenAccess, next(one.access for one in self.wish.slots if one.name == name))
+    def _named(self, name: str) -> SlotWish:
+        return next(one for one in self.wish.slots if one.name == name)
 
     def facts(self) -> dict[str, t.Any]:
         """Public facts of the file as it is now; empty if there is none."""
@@ -288,7 +291,11 @@ class SecretService:
             raise
 
     def _credential(self, one: SlotWish) -> Credential:
-        return PassphraseSlot(one.name, one.passphrase) if one.passphrase else TokenCredential(t.cast(TokenAccess, one.access))
+        if one.kmip:
+            return KmipCredential(one.kmip)
+        if one.passphrase is not None:
+            return PassphraseSlot(one.name, one.passphrase)
+        return TokenCredential(t.cast(TokenAccess, one.access))
 
     def _token(self, access: TokenAccess, exists: bool = True) -> tuple[str, str] | None:
         """Label and serial of a token; None if an earlier task is still to make it."""
@@ -300,9 +307,11 @@ class SecretService:
             raise
         return info.label, info.serial
 
-    def _kek(self, access: TokenAccess, exists: bool = True) -> KeyRef | None:
-        """The KEK that the host made in a token before."""
-        token = self._token(access, exists)
+    def _kek(self, one: SlotWish, exists: bool = True) -> KeyRef | kmip_kek.KekRef | None:
+        """The KEK that the host made before, in the token or at the service."""
+        if one.kmip:
+            return kmip_kek.registered(self._registry, one.kmip.service, self.wish.kek_label)
+        token = self._token(t.cast(TokenAccess, one.access), exists)
         for entry in self._registry.keys() if token else ():
             on_token = token and entry["token_label"] == token[0] and same_serial(entry["token_serial"], token[1])
             if on_token and entry["label"] == self.wish.kek_label:
@@ -310,26 +319,32 @@ class SecretService:
         return None
 
     def _fitting(self, one: SlotWish) -> str | None:
-        if one.access is None:
-            return self.file.file.find(PassphraseSlot(one.name, t.cast(Secret, one.passphrase)))
-        kek = self._kek(one.access)
-        return self.file.file.find(TokenSlot(one.name, one.access, kek)) if kek else None
+        if one.passphrase is not None or self._kek(one):
+            return self.file.file.find(self._store_slot(one.name))
+        return None
 
     def _create_kek(self, name: str) -> None:
-        access = self._access(name)
+        one, label, journal = self._named(name), self.wish.kek_label, Journal(self.state.journal)
+        if one.kmip:
+            with Client(one.kmip) as client:
+                kmip_kek.create_kek(client, label, cluster="", registry=self._registry, journal=journal, state=self.state)
+            return
+        access = t.cast(TokenAccess, one.access)
         with open_session(access, self.state, rw=True) as session:
             # From now on a token that does not show is unreachable, whoever initialised it.
             self._registry.remember_token(session.token.label, session.token.serial, access.library.path)
-            create_kek(session, self.wish.kek_label, cluster="", registry=self._registry, journal=Journal(self.state.journal))
+            create_kek(session, label, cluster="", registry=self._registry, journal=journal)
 
     def _store_slot(self, name: str) -> Slot:
-        one = next(one for one in self.wish.slots if one.name == name)
-        if one.access is None:
-            return PassphraseSlot(name, t.cast(Secret, one.passphrase))
-        kek = self._kek(one.access)
+        one = self._named(name)
+        if one.passphrase is not None:
+            return PassphraseSlot(name, one.passphrase)
+        kek = self._kek(one)
         if kek is None:
             raise TdeError("key_unreachable", "nothing on this host tells its id", obj=f"KEK {self.wish.kek_label}")
-        return TokenSlot(name, one.access, kek)
+        if one.kmip:
+            return KmipSlot(name, one.kmip, t.cast(kmip_kek.KekRef, kek))
+        return TokenSlot(name, t.cast(TokenAccess, one.access), t.cast(KeyRef, kek))
 
     def _create(self, replace: Document | None) -> None:
         wish = self.wish

@@ -112,13 +112,8 @@ def standing(client: Client, label: str, registry: Registry, journal: Journal) -
     """
     service = client.access.service
     obj = f"KEK {label!r} at {client.access.words()}"
-    named = [
-        entry["id"]
-        for entry in registry.keys()  # noqa: SIM118 - a registry is no dictionary
-        if registry.is_in(entry, service, SERIAL) and entry["label"] == label
-    ]
-    if named:
-        ref = KekRef(label, named[-1])
+    ref = registered(registry, service, label)
+    if ref:
         load_kek(client, ref)
         return ref
     found = find(client, label)
@@ -127,9 +122,20 @@ def standing(client: Client, label: str, registry: Registry, journal: Journal) -
             "key_foreign",
             f"the server has {', '.join(one.uid for one in found)}, which this host did not make",
             obj=obj,
-            next_step="Give the cluster a name of its own, or restore this host's state directory if it was lost.",
+            next_step="Give the cluster a name of its own, or a secret its own kek_label; or restore this host's state directory "
+            "if it was lost.",
         )
     return None
+
+
+def registered(registry: Registry, service: str, label: str) -> KekRef | None:
+    """The KEK of a label that this host made at a service, as far as it remembers; the newest."""
+    named = [
+        entry["id"]
+        for entry in registry.keys()  # noqa: SIM118 - a registry is no dictionary
+        if registry.is_in(entry, service, SERIAL) and entry["label"] == label
+    ]
+    return KekRef(label, named[-1]) if named else None
 
 
 def load_kek(client: Client, ref: KekRef) -> KeyFacts:
