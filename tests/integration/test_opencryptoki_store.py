@@ -53,6 +53,29 @@ def standby(tmp_path: Path) -> OpenCryptoki:
     return OpenCryptoki(tmp_path / "standby")
 
 
+@pytest.mark.parametrize("where", ["swtok", "swtok/TOK_OBJ"])
+def test_root_follows_no_link_that_the_token_s_group_made(
+    opencryptoki: OpenCryptoki, standby: OpenCryptoki, state: StateDirectory, tmp_path: Path, where: str
+) -> None:
+    """The folders are writable for the group: who is in it chose where root wrote files, gave them away and removed others."""
+    other = new_state(tmp_path / "standby-state")
+    make_key(opencryptoki, state, "sealed")
+    (opencryptoki.home / "var/swtok/TOK_OBJ/evil").write_text("of the group's choice")
+    standby.run(lambda: load(standby.library_access()).slots())
+    asked = copied(standby, other, "requested")
+    packed = copied(opencryptoki, state, "packed", recipient=asked["public_key"])
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("of root's")
+    place = standby.home / "var" / where
+    place.rename(tmp_path / "aside")
+    place.symlink_to(victim)
+    refused = copied(standby, other, "installed", archive=packed["archive"])
+    assert refused["error_code"] == "file_not_private", refused
+    # The folder TOK_OBJ may be there: openCryptoki's own daemon follows the link.
+    assert [path.name for path in victim.rglob("*") if path.is_file()] == ["precious"]
+
+
 def test_a_standby_has_the_primarys_keys(
     opencryptoki: OpenCryptoki, standby: OpenCryptoki, state: StateDirectory, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -73,18 +74,18 @@ def content(name: str) -> bytes:
     :raises TdeError: ``opencryptoki_store_absent``, ``file_too_large``.
     """
     home, files, size = store.folder(name), {}, 0
-    for place, dummy, names in os.walk(home):
+    for place, dummy, names, folder in os.fwalk(home) if os.path.lexists(home) else ():
         for file in sorted(names):
-            path = os.path.join(place, file)
-            info = os.lstat(path)
-            if not stat.S_ISREG(info.st_mode) or file.endswith((_BESIDE, *SUFFIXES)):
+            if file.endswith((_BESIDE, *SUFFIXES)):
                 continue
-            size += info.st_size
+            found = _regular(folder, file)
+            if found is None:
+                continue
+            raw, info = found
+            size += len(raw)
             if size > _MAX_BYTES:
                 raise TdeError("file_too_large", f"has more than {_MAX_BYTES} bytes", obj=home)
-            with open(path, "rb") as handle:
-                raw = handle.read()
-            files[os.path.relpath(path, home)] = {
+            files[os.path.relpath(os.path.join(place, file), home)] = {
                 "mode": stat.S_IMODE(info.st_mode),
                 "owner": _owner(info.st_uid),
                 "data": base64.b64encode(raw).decode(),
@@ -92,6 +93,19 @@ def content(name: str) -> bytes:
     if "NVTOK.DAT" not in files:
         raise TdeError("opencryptoki_store_absent", "holds no token", obj=home)
     return json.dumps(files, sort_keys=True).encode()
+
+
+def _regular(folder: int, name: str) -> tuple[bytes, os.stat_result] | None:
+    """A regular file's content and facts, of one descriptor: the group can put links and pipes there, at any moment."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    with os.fdopen(fd, "rb") as handle:
+        info = os.fstat(fd)
+        return (handle.read(_MAX_BYTES + 1), info) if stat.S_ISREG(info.st_mode) else None
 
 
 def _owner(uid: int) -> str:
@@ -216,42 +230,76 @@ def install(name: str, files: t.Mapping[str, File], gid: int) -> None:
     renames leaves a folder that differs from the primary's, which the next run mends. Folders are not renamed, which an overlay
     does not let one do. The token's shared memory goes, so that the next program reads the new files.
 
+    The group can write the folders and the one above them, so each is opened once, no link is followed, and what is done is done
+    by descriptor.
+
     :param gid: the token's group on this host.
+    :raises TdeError: ``file_not_private``, and those of writing.
     """
     home = store.folder(name)
-    for folder in sorted({"", "TOK_OBJ", *(os.path.dirname(path) for path in files)}):
-        place = os.path.join(home, folder) if folder else home
-        if not os.path.isdir(place):
-            os.mkdir(place, 0o700)
-            os.chown(place, 0, gid)
-            os.chmod(place, 0o770)  # noqa: S103 - as openCryptoki makes it
-    written: list[tuple[str, str]] = []
+    written: list[tuple[int, str, str]] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            folders = {"": _folder(stack, home, None, gid)}
+            for folder in sorted({"TOK_OBJ", *(os.path.dirname(path) for path in files)} - {""}):
+                here = ""
+                for part in folder.split("/"):
+                    above, here = here, os.path.join(here, part)
+                    if here not in folders:
+                        folders[here] = _folder(stack, part, folders[above], gid)
+            for path, file in files.items():
+                place, target = folders[os.path.dirname(path)], os.path.basename(path)
+                beside = f"{target}{_BESIDE}"
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(beside, dir_fd=place)
+                fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=place)
+                with open(fd, "wb") as handle:
+                    written.append((place, beside, target))
+                    handle.write(file.data)
+                    handle.flush()
+                    os.fchown(handle.fileno(), _uid(file.owner), gid)
+                    os.fchmod(handle.fileno(), file.mode)
+                    os.fsync(handle.fileno())
+        except OSError as exc:
+            for place, beside, dummy in written:
+                os.unlink(beside, dir_fd=place)
+            raise os_error(exc, home, kept="The folder is as it was.") from None
+        remove_shared_memory(name)
+        for place, beside, target in written:
+            os.rename(beside, target, src_dir_fd=place, dst_dir_fd=place)
+        for folder, dummy_folders, names, place in os.fwalk(".", dir_fd=folders[""]):
+            for file_name in names:
+                if os.path.normpath(os.path.join(folder, file_name)) not in files:
+                    os.unlink(file_name, dir_fd=place)
+        remove_shared_memory(name)
+
+
+def _folder(stack: contextlib.ExitStack, name: str, above: int | None, gid: int) -> int:
+    """A folder's descriptor, for as long as the stack; one that is missing is made as openCryptoki makes it.
+
+    :raises TdeError: ``file_not_private`` for a link.
+    """
+    made = False
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=above)
+        made = True
     try:
-        for path, file in files.items():
-            target = os.path.join(home, path)
-            beside = f"{target}{_BESIDE}"
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(beside)
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as handle:
-                written.append((beside, target))
-                handle.write(file.data)
-                handle.flush()
-                os.fchown(handle.fileno(), _uid(file.owner), gid)
-                os.fchmod(handle.fileno(), file.mode)
-                os.fsync(handle.fileno())
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     except OSError as exc:
-        for beside, dummy in written:
-            os.unlink(beside)
-        raise os_error(exc, home, kept="The folder is as it was.") from None
-    remove_shared_memory(name)
-    for beside, target in written:
-        os.rename(beside, target)
-    for place, dummy_folders, names in os.walk(home):
-        for file_name in names:
-            path = os.path.join(place, file_name)
-            if os.path.relpath(path, home) not in files:
-                os.unlink(path)
-    remove_shared_memory(name)
+        if exc.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise TdeError(
+            "file_not_private",
+            "is a link or not a directory",
+            obj=f"token folder {name}",
+            kept="The folder is as it was.",
+            next_step="Find out who of the token's group put it there.",
+        ) from None
+    stack.callback(os.close, fd)
+    if made:
+        os.fchown(fd, 0, gid)
+        os.fchmod(fd, 0o770)
+    return fd
 
 
 def _uid(owner: str) -> int:
