@@ -276,6 +276,13 @@ master_keys:
   elements: str
   sample:
     - hsm-tde.main in token demo
+needs_master_key:
+  description:
+    - Whether M(hsm.tde.tde_master_key) has a master key to set before data is encrypted. Not so where all keyslots of the wrapped-key store
+      are under passphrases, from which the key is derived.
+  returned: with O(state=present)
+  type: bool
+  sample: true
 parameters:
   description: The server's parameters with the command lines to be configured. Nothing is written to the server's configuration.
   returned: with O(engine=keycommand) and O(state=present)
@@ -338,6 +345,8 @@ def act(module: TdeModule) -> dict[str, t.Any]:
     wish = keystore_wish(module.params)
     engine.require({"present": "keystore", "open": "open", "closed": "close"}[wish.state])
     result = engine.keystore(wish, check=module.check_mode).result()
+    if wish.state == "present":
+        result["needs_master_key"] = engine.needs_master_key(wish.slots)
     for warning in result.pop("warnings"):
         module.warn(warning)
     return result

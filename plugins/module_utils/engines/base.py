@@ -258,6 +258,11 @@ class Engine(abc.ABC):
         or a ``passphrase``, of a keystore of its own; or ``nothing``."""
         return "keyslot"
 
+    def needs_master_key(self, slots: t.Sequence[SlotWish] | None) -> bool:
+        """Whether a keystore with these keyslots needs a master key beside it; a keyslot under a passphrase of our store derives its own."""
+        own = self.opened_with() != "keyslot"
+        return own or slots is None or any(slot.protection != "passphrase" for slot in slots)
+
     def require_algorithms(self, wish: TablespacesWish) -> None:
         """Refuse a cipher that the engine's tablespaces cannot have.
 
