@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import typing as t
@@ -167,13 +168,31 @@ class Acts:
         self._run(sql.administer(f"SET KEYSTORE {verb} {self._by(step.data['hsm'])} CONTAINER = {scope}"), step)
         self._note(f"{verb.lower()}_keystore", step)
 
+    def _store(self, step: Step, there: bool, statement: t.Callable[[str], str]) -> None:
+        """ADD a secret, or UPDATE one: which of them it must be the server alone knows, for views show open keystores only.
+
+        :param there: whether it is thought to be there; :param statement: by the verb.
+        """
+        verbs = ("UPDATE", "ADD") if there else ("ADD", "UPDATE")
+        try:
+            self._run(sql.administer(statement(verbs[0])), step)
+        except TdeError as exc:
+            # ORA-46667: not there; ORA-46670 and others: it failed, as it does where it is there already.
+            if exc.code != "server_failed":
+                raise
+            with contextlib.suppress(TdeError):
+                return self._run(sql.administer(statement(verbs[1])), step)
+            raise
+
     def _write_secret(self, step: Step) -> None:
         value = self.hsm_credential().text()
-        self._run(
-            sql.administer(
-                f"{step.data['verb']} SECRET '{value}' FOR CLIENT 'HSM_PASSWORD' FORCE KEYSTORE {sql.by(self.software())} WITH BACKUP"
-            ),
+        there = bool(self.memo.secret) or (self.facts is not None and "HSM_PASSWORD" in self.facts.clients)
+        self._store(
             step,
+            there,
+            lambda verb: (
+                f"{verb} SECRET '{value}' FOR CLIENT 'HSM_PASSWORD' FORCE KEYSTORE {sql.by(self.software())} WITH BACKUP"
+            ),
         )
         self._note("write_secret", step)
 
@@ -185,10 +204,11 @@ class Acts:
 
     def _write_external(self, step: Step) -> None:
         value = self.hsm_credential()
-        verb = "UPDATE" if self.memo.external else "ADD"
         folder = f"{self.options.wallet_root}/tde_seps"
-        self._run(
-            sql.administer(f"{verb} SECRET '{value.text()}' FOR CLIENT 'TDE_WALLET' TO AUTO_LOGIN KEYSTORE '{folder}'"), step
+        self._store(
+            step,
+            bool(self.memo.external),
+            lambda verb: f"{verb} SECRET '{value.text()}' FOR CLIENT 'TDE_WALLET' TO AUTO_LOGIN KEYSTORE '{folder}'",
         )
         self.remember(external=memos.fingerprint(value))
         self._note("write_external", step)
@@ -230,10 +250,12 @@ class Acts:
     def verify(self) -> None:
         """Hold the protection of the master keys in use against the guard.
 
-        :raises TdeError: ``nshield_key_slipped``, ``nshield_key_elsewhere``, ``key_absent``, and those of nShield's commands.
+        :raises TdeError: ``nshield_key_slipped``, ``nshield_key_elsewhere``, ``key_absent``, ``oracle_master_key_unreachable``,
+            and those of nShield's commands.
         """
         guard = self.given.guard
         facts = self._db().facts()
+        plan.shown(facts, self.memo.keyed, hsm_alone=True)
         used = [key for one in facts.containers if (key := facts.active(one.con_id)) and key.hsm]
         if not used:
             return
@@ -284,7 +306,8 @@ class Acts:
             token=guard.name,
             passphrase=self.given.new,
             acs_passphrase=self.options.acs_passphrase,
-            retire_copies=False,
+            # What a killed rocs left under the former token would open with its credential for ever.
+            retire_copies=True,
             backup_directory=self.options.backup_directory or f"{self.request.state.path}/nshield-backups",
         )
         nshield_keys.transfer(self.options.tools(), wish, self.request.state)

@@ -15,6 +15,7 @@ from ...common import plan as plans
 from ...common.errors import TdeError
 from ...common.files import lock
 from ...common.plan import Plan, Step
+from ...common.secret import Secret
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, Request, SlotWish, TablespacesWish
 from . import memo as memos
@@ -102,6 +103,7 @@ class Work:
             software = software or (new if not guard.hsm else old)
         self.acts = Acts(self.request, self.options, Credentials(guard, new, source, old, software), memo)
         self.guard = guard
+        self._checked: list[tuple[Guard, Secret | None]] = []
 
     def _guard(self, slots: t.Sequence[SlotWish] | None, memo: Memo) -> tuple[Guard, SlotWish | None]:
         """What is to guard the master keys.
@@ -174,6 +176,7 @@ class Work:
             secret_current=secret,
             external_current=external,
             software_made=memo.software,
+            keyed=memo.keyed,
         )
 
     def _known(self, memo: Memo, fresh: bool) -> None:
@@ -199,7 +202,6 @@ class Work:
         """
         acts = self.acts
         done: Plan = []
-        judged = False
         before: dict[str, t.Any] | None = None
         with sql.connect(self.request.connection, self.options) as database:
             acts.database = database
@@ -209,9 +211,8 @@ class Work:
                 decision = decide(facts, self.wish(acts.memo))
                 before = before if before is not None else self.public(facts)
                 steps = [*self._record_step(), *decision.now]
-                if (steps or decision.change) and not judged:
+                if steps:
                     self._judge(decision)
-                    judged = True
                 if self.check:
                     # A step after the restart is a change all the same.
                     outcome = self._outcome([*steps, *decision.later], before, facts, decision)
@@ -241,22 +242,28 @@ class Work:
         )
 
     def _judge(self, decision: Decision) -> None:
-        """The credentials, before the first statement that holds one."""
+        """The credentials, each once and before the first statement that holds it."""
         given, change = self.acts.given, decision.change
         if change is None:
             needs = ("open_keystore", "close_keystore", "set_key", "use_key", "write_secret", "write_external")
             if any(step.action in needs for step in decision.now):
-                self.acts.check_credential(given.guard, given.new)
+                self._check(given.guard, given.new)
             return
         compose(given.guard, given.new, self.options)
         compose(change.source, given.old, self.options)
         if change.kind in (plan.ROUND_TRIP, plan.MIGRATE, plan.REVERSE) or self.options.auto_login:
             self.acts.software()
-        if change.kind == plan.PASSPHRASE:
-            if self.acts.memo.change is None:
-                self.acts.check_credential(change.source, given.old)
-        else:
-            self.acts.check_credential(given.guard, given.new)
+        # With a credential that the HSM does not know the keystore would open under module protection, and show no key.
+        before = change.kind == plan.PASSPHRASE and change.phase == plan.BEGUN
+        if before or change.leg_name == "reverse":
+            self._check(change.source, given.old)
+        if change.kind != plan.PASSPHRASE or change.phase == plan.TOKEN:
+            self._check(given.guard, given.new)
+
+    def _check(self, guard: Guard, passphrase: Secret | None) -> None:
+        if (guard, passphrase) not in self._checked:
+            self.acts.check_credential(guard, passphrase)
+            self._checked.append((guard, passphrase))
 
     def _opened(self, facts: Facts) -> None:
         """Note which credential the open keystore has."""

@@ -73,6 +73,7 @@ class Wish:
     :ivar new_credential: the wished credential is another than the one that opened the keystore last.
     :ivar secret_current: the secret HSM_PASSWORD is the wished credential, if auto-login is wished; :ivar external_current: so for the external store.
     :ivar software_made: the software keystore was made.
+    :ivar keyed: containers that have a master key, as the host remembers.
     """
 
     guard: Guard
@@ -86,6 +87,7 @@ class Wish:
     secret_current: bool = True
     external_current: bool = True
     software_made: bool = True
+    keyed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,14 +218,13 @@ def alter(facts: Facts, wish: Wish, wished: str) -> Plan:
     return steps
 
 
-def secret(wish: Wish, facts: Facts) -> Plan:
+def secret(wish: Wish) -> Plan:
     """The credential where Oracle takes it from by itself."""
     if wish.secret_current or not wish.guard.hsm:
         return []
     steps = []
     if wish.auto_login:
-        verb = "UPDATE" if "HSM_PASSWORD" in facts.clients else "ADD"
-        steps.append(Step("write_secret", "secret HSM_PASSWORD", "the keystore opens by it after a start", {"verb": verb}))
+        steps.append(Step("write_secret", "secret HSM_PASSWORD", "the keystore opens by it after a start"))
         steps.append(Step("create_auto_login", "auto-login keystore", "it holds the secret HSM_PASSWORD"))
     return steps
 
@@ -263,6 +264,10 @@ def present(facts: Facts, wish: Wish, current: Guard | None, change: Change | No
         )
     if change is None:
         kind = kind_of(current, wish, facts)
+        shut = open_pdbs(facts)
+        if kind == REPLACE and shut:
+            # What is encrypted in a closed PDB does not show, and would be lost.
+            return Decision(shut)
         if kind is not None and current is not None:
             change = Change(kind, current, wish.guard)
     if facts.wallet_root != wish.wallet_root:
@@ -292,7 +297,7 @@ def _arrange(facts: Facts, wish: Wish) -> Plan:
             return steps
     elif not wish.software_made:
         return [Step("create_keystore", "software keystore", "there is none")]
-    return secret(wish, facts)
+    return secret(wish)
 
 
 def _told(wish: Wish) -> Plan:
@@ -341,7 +346,7 @@ def credential_leg(facts: Facts, wish: Wish, change: Change) -> Decision:
         *_restart(restart),
         Step("open_pdbs", "all PDBs", "a closed one would be left behind"),
         *([Step("open_keystore", "HSM keystore of all containers", "with the new credential", {})] if hsm else []),
-        *(secret(wish, facts) + external(wish) if hsm else []),
+        *(secret(wish) + external(wish) if hsm else []),
         *(still and [Step("alter_system", "parameter TDE_CONFIGURATION to HSM|FILE", "auto-login is arranged again", {})]),
         *(verify(change.target) if hsm and change.kind != REPLACE else []),
         *finish(change),
@@ -356,7 +361,7 @@ def credential_leg(facts: Facts, wish: Wish, change: Change) -> Decision:
         return Decision([], (restart,), after)
     steps = open_pdbs(facts)
     if not steps and hsm:
-        steps = external(wish) or opening(facts, wish, hsm=True) or secret(wish, facts) or final
+        steps = external(wish) or opening(facts, wish, hsm=True) or secret(wish) or final
     return Decision(steps or [*(verify(change.target) if hsm and change.kind != REPLACE else []), *finish(change)])
 
 
@@ -381,19 +386,20 @@ def migration_leg(facts: Facts, wish: Wish, change: Change) -> Plan:
     if not steps and facts.configuration_next not in (both, final):
         made = [] if wish.software_made else software(facts, wish)
         # The secret of auto-login comes before HSM|FILE, which would open the HSM with the former one.
-        steps = made or (near + (secret(wish, facts) if not near else []) if into else []) or alter(facts, wish, both)
+        steps = made or (near + (secret(wish) if not near else []) if into else []) or alter(facts, wish, both)
     steps = steps or (external(wish) or opening(facts, everywhere, hsm=True) if into else software(facts, everywhere))
     if not steps and facts.configuration_next == both:
         steps = near
     if steps:
         return steps
     used = [(one, facts.active(one.con_id)) for one in chosen(facts, None)]
+    shown(facts, wish.keyed, hsm_alone=False)
     todo = [one for one, active in used if active and active.hsm != into]
     if todo:
         action, verb = ("migrate_key", "to the HSM") if into else ("reverse_migrate_key", "from the HSM")
         found = [Step(action, f"master key of {one.name}", f"migrated {verb}", {"container": one.name}) for one in todo]
         return [*found, *(verify(change.target) if into else [])]
-    arranged = secret(wish, facts) if into else []
+    arranged = secret(wish) if into else []
     return arranged or alter(facts, wish, final) or [*(verify(change.target) if into else []), *finish(change)]
 
 
@@ -412,8 +418,40 @@ def _outline(wish: Wish, change: Change, leg: str) -> Plan:
 
 
 def closed(facts: Facts, wish: Wish) -> Decision:
-    """Close it, and nothing else."""
-    return Decision(closing(facts, wish.containers, hsm=wish.guard.hsm, why="it is to be closed"))
+    """Close it; auto-login, which would open it again as soon as somebody looks, is out of the way until it is opened.
+
+    :raises TdeError: ``invalid_option``.
+    """
+    steps = closing(facts, wish.containers, hsm=wish.guard.hsm, why="it is to be closed")
+    if steps and wish.auto_login and wish.guard.hsm:
+        if wish.containers is not None:
+            raise TdeError(
+                "invalid_option",
+                "with auto-login the keystores of single PDBs open again as soon as somebody looks",
+                obj="option oracle.containers",
+                kept="Nothing was closed.",
+                next_step="Close all: leave oracle.containers out.",
+            )
+        steps = alter(facts, wish, "HSM") + steps
+    return Decision(steps)
+
+
+def shown(facts: Facts, keyed: t.Collection[str], *, hsm_alone: bool) -> None:
+    """An open keystore that does not show a container's master key was opened with a credential that is not the right one.
+
+    :param keyed: containers that have a master key, as the host remembers; :param hsm_alone: it is asked of the HSM keystore.
+    :raises TdeError: ``oracle_master_key_unreachable``.
+    """
+    for one in chosen(facts, None):
+        opened = facts.opened(one.con_id, True) or (not hsm_alone and facts.opened(one.con_id, False))
+        keyed_here = one.name in keyed or any(space.con_id == one.con_id and space.algorithm for space in facts.spaces)
+        if facts.asked and one.open and opened and keyed_here and facts.active(one.con_id) is None:
+            raise TdeError(
+                "oracle_master_key_unreachable",
+                "has one, which the open keystore does not show",
+                obj=f"container {one.name}",
+                kept="Nothing is done with the keys that do not show.",
+            )
 
 
 def tag_of(cluster: str, tag: str | None) -> str:

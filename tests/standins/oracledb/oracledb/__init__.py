@@ -15,7 +15,7 @@ import typing as t
 from .database import Database, Refused
 
 __version__ = "0.0+standin"
-AUTH_MODE_DEFAULT, AUTH_MODE_SYSDBA, AUTH_MODE_SYSKM = 0, 2, 262144
+AUTH_MODE_DEFAULT, AUTH_MODE_SYSDBA, AUTH_MODE_SYSKMT = 0, 2, 524288
 
 _thick = {"on": False}
 
@@ -101,7 +101,8 @@ class Connection:
         except Refused as exc:
             if exc.hang:
                 # Packets are dropped: nothing is said until the client gives up.
-                time.sleep(min(self.call_timeout / 1000, 30) if self.call_timeout else 30)
+                limit = self.call_timeout / 1000 if self.call_timeout else 30
+                time.sleep(min(limit, 30 if exc.seconds is None else exc.seconds))
                 raise DatabaseError(_Reason("DPY-4024", f"call timeout of {self.call_timeout} ms exceeded")) from None
             # The real server quotes statements and identifiers in some of its messages.
             raise DatabaseError(_Reason(exc.code, f"{exc.text}: {statement}")) from None
@@ -122,13 +123,14 @@ def connect(
     if not path or not pathlib.Path(path, "state.json").exists():
         raise DatabaseError(_Reason("DPY-6005", f"cannot connect to database: {dsn}"))
     if not dsn and is_thin_mode():
-        raise DatabaseError(_Reason("DPY-4001", "no credentials specified"))
+        raise DatabaseError(_Reason("DPY-3001", "bequeath is only supported in python-oracledb thick mode"))
     database = Database(pathlib.Path(path))
     state = database.state()
     if not state["up"]:
-        raise DatabaseError(_Reason("ORA-12514", "listener does not currently know of service requested"))
+        unknown = 'DPY-6001: Service "CDB1" is not registered with the listener. (Similar to ORA-12514)'
+        raise DatabaseError(_Reason("DPY-6005", f"cannot connect to database (CONNECTION_ID=x).\n{unknown}"))
     by_the_system = dsn is None and user is None
-    if not by_the_system and (password is None or state["users"].get((user or "").upper()) != password):
+    if not by_the_system and (password is None or not database.knows(user or "", password)):
         raise DatabaseError(_Reason("ORA-01017", f"invalid credential or not authorized; logon denied ({user}/{password})"))
     # Of a cluster: the instance on the host that the address names.
     instance = database.instance((dsn or "").partition(":")[0])

@@ -47,17 +47,19 @@ TEXTS = {
     "ORA-46630": "keystore cannot be created at the specified location",
     "ORA-46633": "creation of a password-protected keystore failed",
     "ORA-46658": "keystore not open in the container",
+    "ORA-46667": "client not found in the keystore",
+    "ORA-46670": "client secret keystore operation failed",
     "ORA-46718": "operation not allowed on PDB$SEED",
     "ORA-65011": "Pluggable database does not exist",
 }
 
 
 class Refused(Exception):
-    """What the server answers; ``hang``: it does not."""
+    """What the server answers; ``hang``: it does not, for some ``seconds`` or as long as it is waited for."""
 
-    def __init__(self, code: str, *, hang: bool = False) -> None:
+    def __init__(self, code: str, *, hang: bool = False, seconds: float | None = None) -> None:
         super().__init__(code)
-        self.code, self.hang, self.text = code, hang, TEXTS.get(code, "")
+        self.code, self.hang, self.seconds, self.text = code, hang, seconds, TEXTS.get(code, "")
 
 
 def _sealed(text: str) -> str:
@@ -103,7 +105,7 @@ class Database:
             "up": True,
             "life": 1,
             "clock": 0,
-            "users": dict(users or {"SYS": "Sys-Password-1"}),
+            "users": {name: _sealed(password) for name, password in (users or {"SYS": "Sys-Password-1"}).items()},
             "spfile": {},
             "running": {},
             "containers": containers,
@@ -159,6 +161,10 @@ class Database:
             _bounce(state)
         self.note("-- bounce")
 
+    def knows(self, user: str, password: str) -> bool:
+        """Whether it is the user's password."""
+        return bool(self.state()["users"].get(user.upper()) == _sealed(password))
+
     def stop(self) -> None:
         with self.change() as state:
             state["up"] = False
@@ -176,10 +182,7 @@ class Database:
     def close_pdb(self, name: str) -> None:
         """ALTER PLUGGABLE DATABASE … CLOSE."""
         with self.change() as state:
-            number = _number(state, name)
-            state["containers"][number]["open"] = False
-            for kind in state["open"].values():
-                kind.pop(number, None)
+            _close_pdb(state, name)
 
     def encrypt_column(self, container: str) -> None:
         with self.change() as state:
@@ -210,20 +213,44 @@ class Database:
         with self.change() as state:
             if not state["up"] or life != state["life"]:
                 raise Refused("ORA-03113")
-            if not re.match(r"SELECT|ALTER SESSION", text, re.IGNORECASE):
+            if changes(text):
                 self.note(f"{container}: {text}")
-            hang = state["faults"].get("hang")
-            if hang and re.search(hang, text):
-                raise Refused("", hang=True)
+            faults = state["faults"]
+            closes = faults.get("closes")
+            if closes and re.search(closes["at"], text):
+                faults["closes"] = None
+                _close_pdb(state, closes["pdb"])
+            if _meant(faults, "hang", text):
+                raise Refused("", hang=True, seconds=faults.get("hang_seconds"))
             session = _Session(state, instance, container, sysdba)
             try:
                 rows = session.run(text, parameters)
             except Refused as exc:
                 refused, rows = exc, []
             container = session.container
+            lost = _meant(faults, "lost", text)
         if refused:
             raise refused
+        if lost:
+            raise Refused("", hang=True, seconds=faults.get("hang_seconds"))
         return rows, container
+
+
+def changes(statement: str) -> bool:
+    """Whether a statement changes something, and comes into the journal."""
+    return not re.match(r"\s*(SELECT|ALTER SESSION)", statement, re.IGNORECASE)
+
+
+def _meant(faults: Json, name: str, text: str) -> bool:
+    pattern = faults.get(name)
+    return bool(pattern and re.search(pattern, text))
+
+
+def _close_pdb(state: Json, name: str) -> None:
+    number = _number(state, name)
+    state["containers"][number]["open"] = False
+    for kind in state["open"].values():
+        kind.pop(number, None)
 
 
 def _bounce(state: Json) -> None:
@@ -324,10 +351,13 @@ class _Session:
         verb, value, client = match[1].upper(), match[2], match[3]
         software = self._software(match[4])
         if (verb == "ADD") == (client in software["secrets"]):
-            raise Refused("ORA-46683" if verb == "ADD" else "ORA-46684")
+            raise Refused("ORA-46670" if verb == "ADD" else "ORA-46667")
         software["secrets"][client] = _sealed(value)
 
     def _external(self, match: re.Match[str], dummy: t.Any) -> None:
+        there = self.state["external"] is not None
+        if (match[1].upper() == "ADD") == there:
+            raise Refused("ORA-46670" if there else "ORA-46667")
         self.state["external"] = _sealed(match[2])
 
     def _is_hsm(self, given: str | None) -> bool:
@@ -651,7 +681,8 @@ class _Session:
             for one in range(self.state["columns"].get(number, 0))
         ],
         "V$CLIENT_SECRETS": lambda self: [
-            {"CLIENT": client} for client in (self.state["software"]["secrets"] if self.state["software"] else ())
+            {"CLIENT": client}
+            for client in (self.state["software"]["secrets"] if str(ROOT) in self.state["open"]["FILE"] else ())
         ],
     }
 
