@@ -92,7 +92,7 @@ class Acts:
 
     def userside(self) -> UserSide:
         """Where the plugin works, as the server's user."""
-        return UserSide(self.request.state, self.request.cluster, self.options.user())
+        return UserSide(self.request.state, self.request.cluster, self.options.account())
 
     def note(self, action: str, obj: str, result: str = "done", key_id: str = "", **detail: t.Any) -> None:
         """Write an act on the keystore into the journal."""
@@ -144,7 +144,7 @@ class Acts:
 
     def make_directory(self, step: Step) -> None:
         """An empty folder of the server's user; missing parents are root's."""
-        path, user = step.data["path"], self.options.user()
+        path, user = step.data["path"], self.options.account()
         parent = os.path.dirname(path)
         if not os.path.lexists(parent):
             make_private_directory(parent, 0o755)
@@ -159,7 +159,7 @@ class Acts:
                 raise os_error(exc, path) from None
 
     def _own(self, folder: int, name: str, mode: int) -> None:
-        user = self.options.user()
+        user = self.options.account()
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
             os.fchown(fd, user.pw_uid, user.pw_gid)
@@ -170,7 +170,7 @@ class Acts:
 
     def _protect_keystore(self, step: Step) -> None:
         path = step.data["path"]
-        uid = self.options.user().pw_uid
+        uid = self.options.account().pw_uid
         try:
             with trusted_directory(os.path.dirname(path), [uid]) as folder:
                 self._own(folder, os.path.basename(path), 0o700)
@@ -182,7 +182,7 @@ class Acts:
             raise os_error(exc, path) from None
 
     def _write(self, path: str, text: str, mode: int = 0o600) -> None:
-        user = self.options.user()
+        user = self.options.account()
         remove_leftovers(os.path.dirname(path), [user.pw_uid])
         data = text.encode("utf-8", "surrogateescape")
         write_atomic(path, data, mode=mode, uid=user.pw_uid, gid=user.pw_gid, owners=[user.pw_uid])
@@ -198,11 +198,11 @@ class Acts:
 
     def _include_settings(self, step: Step) -> None:
         path = step.data["path"]
-        text = look.read_config(path, self.options.user().pw_uid)
+        text = look.read_config(path, self.options.account().pw_uid)
         self._write(path, conf.with_include(text, step.data["include"]), os.lstat(path).st_mode & 0o7777)
 
     def _link_plugin(self, step: Step) -> None:
-        path, user = step.data["path"], self.options.user()
+        path, user = step.data["path"], self.options.account()
         folder_path = os.path.dirname(path)
         if not os.path.lexists(folder_path):
             make_private_directory(folder_path, 0o755)
@@ -369,7 +369,7 @@ class Acts:
         self.note("disable_auto_open", step.obj)
 
     def _remove(self, path: str) -> None:
-        with trusted_directory(os.path.dirname(path), [self.options.user().pw_uid]) as folder:
+        with trusted_directory(os.path.dirname(path), [self.options.account().pw_uid]) as folder:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.basename(path), dir_fd=folder)

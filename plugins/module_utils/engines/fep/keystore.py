@@ -233,7 +233,7 @@ class Keystore(Task):
 
     def _present(self) -> Outcome:
         check_present(self.options)
-        self.options.user()
+        self.options.account()
         if self.options.keystore != FILE and self.request.access is None:
             raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
         self.uses_token = self.options.keystore != FILE

@@ -198,7 +198,7 @@ def files(options: Options, wished_pin: Secret | None) -> Files:
     """
     config = config_path(options)
     include = os.path.join(options.keystore_location or os.path.dirname(config), conf.NAME)
-    uid = options.user().pw_uid
+    uid = options.account().pw_uid
     data = os.path.dirname(config)
     try:
         there = os.path.lexists(os.path.join(data, "PG_VERSION"))
@@ -248,7 +248,7 @@ def location(options: Options) -> Location:
     path = options.keystore_location
     if path is None:
         return Location()
-    uid = options.user().pw_uid
+    uid = options.account().pw_uid
     try:
         info = os.lstat(path)
     except FileNotFoundError:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pwd
 import re
 import typing as t
 
 from ...common.errors import TdeError
+from ..options import OfServer, absolute_path, with_recorded
 
 #: Kinds of keystore: the library tde_z with a slot of openCryptoki, a file, the library tde_kms with a plugin.
 HSM, FILE, PLUGIN = "hsm", "file", "plugin"
@@ -21,7 +21,7 @@ _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(OfServer):
     """What the engine works with; ``given`` is what the record keeps.
 
     :param auto_open: whether the server opens the keystore by itself at each start; None if nobody ever said.
@@ -49,19 +49,6 @@ class Options:
         """The options as plain data."""
         return {**dataclasses.asdict(self), "initdb_options": list(self.initdb_options)}
 
-    def user(self) -> pwd.struct_passwd:
-        """The operating system's user of the server.
-
-        :raises TdeError: ``os_user_absent``, ``invalid_option``.
-        """
-        try:
-            found = pwd.getpwnam(self.os_user)
-        except KeyError:
-            raise TdeError("os_user_absent", "does not exist on this host", obj=f"user {self.os_user}") from None
-        if found.pw_uid == 0:
-            raise TdeError("invalid_option", "must not be root", obj=f"os_user {self.os_user}")
-        return found
-
     def program(self, name: str) -> str:
         """The path of one of the server's programs.
 
@@ -75,14 +62,6 @@ class Options:
         return path
 
 
-def _path(name: str, value: t.Any) -> str | None:
-    if value is None:
-        return None
-    if not os.path.isabs(value):
-        raise TdeError("invalid_option", "must be an absolute path", obj=f"{name} {value!r}")
-    return os.path.normpath(str(value))
-
-
 def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any], cluster: str) -> Options:
     """Options of a task; what it leaves out is taken from the record.
 
@@ -90,7 +69,7 @@ def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any], clus
     :param cluster: names the plugin's key where nothing else does.
     :raises TdeError: ``invalid_option``.
     """
-    merged = {**recorded, **{name: value for name, value in given.items() if value is not None}}
+    merged = with_recorded(given, recorded)
     for name in ("kms_name", "key_id"):
         if merged.get(name) is not None and not _WORD.fullmatch(str(merged[name])):
             raise TdeError(
@@ -100,16 +79,16 @@ def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any], clus
             )
     return Options(
         keystore=merged.get("keystore") or HSM,
-        keystore_location=_path("keystore_location", merged.get("keystore_location")),
+        keystore_location=absolute_path("keystore_location", merged.get("keystore_location")),
         auto_open=merged.get("auto_open"),
-        data_directory=_path("data_directory", merged.get("data_directory")),
-        bin_directory=_path("bin_directory", merged.get("bin_directory")),
+        data_directory=absolute_path("data_directory", merged.get("data_directory")),
+        bin_directory=absolute_path("bin_directory", merged.get("bin_directory")),
         os_user=merged.get("os_user") or "fsepuser",
         create_cluster=bool(merged.get("create_cluster")),
         initdb_options=tuple(merged.get("initdb_options") or ("--encoding=UTF8", "--locale=C.UTF-8")),
-        tablespace_directory=_path("tablespace_directory", merged.get("tablespace_directory")),
-        plugin_directory=_path("plugin_directory", merged.get("plugin_directory")),
-        command=_path("command", merged.get("command")) or "/usr/local/sbin/hsm-tde",
+        tablespace_directory=absolute_path("tablespace_directory", merged.get("tablespace_directory")),
+        plugin_directory=absolute_path("plugin_directory", merged.get("plugin_directory")),
+        command=absolute_path("command", merged.get("command")) or "/usr/local/sbin/hsm-tde",
         kms_name=merged.get("kms_name") or "hsm-tde",
         key_id=merged.get("key_id") or f"hsm-tde.{cluster}",
     )

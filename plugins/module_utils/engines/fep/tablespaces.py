@@ -243,7 +243,7 @@ class Tablespaces:
         taken = next((one.name for one in answer.tablespaces if one.location == location), "")
         if taken:
             raise TdeError("place_not_empty", f"is that of tablespace {taken}", obj=obj, next_step="Choose another location.")
-        uid = self.options.user().pw_uid
+        uid = self.options.account().pw_uid
         try:
             info = os.lstat(location)
         except FileNotFoundError:

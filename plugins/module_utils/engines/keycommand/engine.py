@@ -67,7 +67,7 @@ class Keycommand(Engine):
 
     def side(self) -> UserSide:
         """The command side of the cluster."""
-        return UserSide(self.request.state, self.request.cluster, self.options.user())
+        return UserSide(self.request.state, self.request.cluster, self.options.account())
 
     def own_request(self, side: UserSide) -> Request:
         """The task's request on the user's own state directory."""

@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pwd
 import re
 import typing as t
 
 from ...common.errors import TdeError
+from ..options import OfServer, absolute_path, with_recorded
 from .secret import CYBERTEC, EDB, KINDS, SSL, travels
 
 #: Characters that mean nothing to a shell or to PostgreSQL's quoting; the command stands in both.
@@ -21,7 +20,7 @@ _DEFAULTS = {"os_user": "postgres", "command": "/usr/local/sbin/hsm-tde", "key_b
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(OfServer):
     """What the engine works with; ``given`` is what the record keeps.
 
     :param key_bits: of a key made for CYBERTEC's server.
@@ -39,19 +38,6 @@ class Options:
     def given(self) -> dict[str, t.Any]:
         """The options as plain data."""
         return dataclasses.asdict(self)
-
-    def user(self) -> pwd.struct_passwd:
-        """The operating system's user of the server.
-
-        :raises TdeError: ``os_user_absent``, ``invalid_option``.
-        """
-        try:
-            found = pwd.getpwnam(self.os_user)
-        except KeyError:
-            raise TdeError("os_user_absent", "does not exist on this host", obj=f"user {self.os_user}") from None
-        if found.pw_uid == 0:
-            raise TdeError("invalid_option", "must not be root", obj=f"os_user {self.os_user}")
-        return found
 
     def lines(self, cluster: str) -> tuple[dict[str, str], list[str]]:
         """What is to be configured.
@@ -78,7 +64,7 @@ def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any]) -> O
     :param given: the task's dictionary; :param recorded: the record's, empty if there is none.
     :raises TdeError: ``invalid_option``.
     """
-    merged = {**_DEFAULTS, **recorded, **{name: value for name, value in given.items() if value is not None}}
+    merged = with_recorded(given, {**_DEFAULTS, **recorded})
     kind = merged.get("kind")
     if kind not in KINDS:
         raise TdeError(
@@ -94,16 +80,14 @@ def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any]) -> O
     directory = merged.get("data_directory")
     if travels(kind) and directory is None:
         raise TdeError("invalid_option", "is missing", obj="option data_directory", next_step="The wrapped key lies in it.")
-    for name, value in (("data_directory", directory), ("command", merged["command"])):
-        if value is not None and not os.path.isabs(value):
-            raise TdeError("invalid_option", "must be an absolute path", obj=f"{name} {value!r}")
-    if not _PLAIN.fullmatch(merged["command"]):
-        raise TdeError("invalid_option", "must be a path of A-Z a-z 0-9 _ . + - and /", obj=f"command {merged['command']!r}")
+    command = absolute_path("command", merged["command"]) or ""
+    if not _PLAIN.fullmatch(command):
+        raise TdeError("invalid_option", "must be a path of A-Z a-z 0-9 _ . + - and /", obj=f"command {command!r}")
     return Options(
         kind=kind,
         os_user=merged["os_user"],
-        data_directory=os.path.normpath(directory) if directory else None,
-        command=merged["command"],
+        data_directory=absolute_path("data_directory", directory),
+        command=command,
         key_bits=merged["key_bits"],
         adopt_master_key=bool(merged["adopt_master_key"]),
     )

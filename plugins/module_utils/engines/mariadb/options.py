@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pwd
 import typing as t
 
 from ...common.errors import TdeError
+from ..options import OfServer, absolute_path, with_recorded
 
 #: Where distributions read include files of the server from: Debian and Ubuntu; RedHat and SUSE.
 INCLUDES = ("/etc/mysql/mariadb.conf.d", "/etc/my.cnf.d")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(OfServer):
     """What the engine works with.
 
     :param data_directory: None until it is given or a running server named it.
@@ -42,26 +42,12 @@ class Options:
     def key_file(self) -> str:
         return os.path.join(self.key_directory, "keys")
 
-    def account(self) -> pwd.struct_passwd:
-        """The operating system's user of the server.
-
-        :raises TdeError: ``os_user_absent``, ``invalid_option``.
-        """
-        try:
-            found = pwd.getpwnam(self.os_user)
-        except KeyError:
-            raise TdeError("os_user_absent", "does not exist on this host", obj=f"user {self.os_user}") from None
-        if found.pw_uid == 0:
-            raise TdeError("invalid_option", "must not be root", obj=f"os_user {self.os_user}")
-        return found
-
 
 def _path(name: str, value: t.Any) -> str | None:
-    if value is None:
-        return None
-    if not os.path.isabs(value) or any(char in value for char in "\n\r#\"'\\ "):
+    """A path that can stand in the server's files."""
+    if value is not None and any(char in value for char in "\n\r#\"'\\ "):
         raise TdeError("invalid_option", "must be an absolute path without blanks, quotes and #", obj=f"{name} {value!r}")
-    return os.path.normpath(str(value))
+    return absolute_path(name, value)
 
 
 def complete(
@@ -73,7 +59,7 @@ def complete(
     :param socket: the task's ``login_unix_socket``; :param user: its ``login_user``.
     :raises TdeError: ``invalid_option``.
     """
-    merged = {**recorded, **{name: value for name, value in given.items() if value is not None}}
+    merged = with_recorded(given, recorded)
     threads = merged.get("encryption_threads")
     threads = 4 if threads is None else threads
     if not 1 <= threads <= 255:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pwd
 import typing as t
 
 from ...common.errors import TdeError
 from ...common.state import NAME
+from ..options import OfServer, absolute_path, with_recorded
 
 FILE, VAULT, KMIP = "file", "vault-v2", "kmip"
 GLOBAL, DATABASE = "global", "database"
@@ -19,7 +19,7 @@ CIPHERS = {"aes_128": "AES128", "aes_256": "AES256"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(OfServer):
     """What the engine works with.
 
     :param data_directory: None until it is given or a running server named it.
@@ -55,27 +55,6 @@ class Options:
     def key_file(self) -> str:
         return os.path.join(self.key_directory, "keys")
 
-    def account(self) -> pwd.struct_passwd:
-        """The operating system's user of the server.
-
-        :raises TdeError: ``os_user_absent``, ``invalid_option``.
-        """
-        try:
-            found = pwd.getpwnam(self.os_user)
-        except KeyError:
-            raise TdeError("os_user_absent", "does not exist on this host", obj=f"user {self.os_user}") from None
-        if found.pw_uid == 0:
-            raise TdeError("invalid_option", "must not be root", obj=f"os_user {self.os_user}")
-        return found
-
-
-def _path(name: str, value: t.Any) -> str | None:
-    if value is None:
-        return None
-    if not os.path.isabs(value):
-        raise TdeError("invalid_option", "must be an absolute path", obj=f"{name} {value!r}")
-    return os.path.normpath(str(value))
-
 
 def complete(cluster: str, given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any], database: str) -> Options:
     """Options of a task; what it leaves out is taken from the record.
@@ -88,7 +67,7 @@ def complete(cluster: str, given: t.Mapping[str, t.Any], recorded: t.Mapping[str
     if given.get("provider") not in (None, recorded.get("provider")):
         # Another provider has another name, unless the task gives it one.
         kept.pop("provider_name", None)
-    merged = {**kept, **{name: value for name, value in given.items() if value is not None}}
+    merged = with_recorded(given, kept)
     provider = merged.get("provider") or FILE
     if provider == VAULT:
         missing = [name for name in ("vault_url", "vault_mount_path", "vault_token") if not merged.get(name)]
@@ -106,9 +85,9 @@ def complete(cluster: str, given: t.Mapping[str, t.Any], recorded: t.Mapping[str
     wal = merged.get("wal_encrypt")
     return Options(
         extension=merged.get("extension") or "pg_tde",
-        data_directory=_path("data_directory", merged.get("data_directory")),
+        data_directory=absolute_path("data_directory", merged.get("data_directory")),
         os_user=merged.get("os_user") or "postgres",
-        key_directory=_path("key_directory", merged.get("key_directory")) or f"/run/hsm-tde/{cluster}",
+        key_directory=absolute_path("key_directory", merged.get("key_directory")) or f"/run/hsm-tde/{cluster}",
         provider=provider,
         provider_name=name,
         scope=merged.get("scope") or GLOBAL,
@@ -118,7 +97,7 @@ def complete(cluster: str, given: t.Mapping[str, t.Any], recorded: t.Mapping[str
         cipher=merged.get("cipher") or "aes_256",
         vault_url=(merged.get("vault_url") or "").rstrip("/") or None,
         vault_mount_path=(merged.get("vault_mount_path") or "").strip("/") or None,
-        vault_token=_path("vault_token", merged.get("vault_token")),
-        vault_ca=_path("vault_ca", merged.get("vault_ca")),
+        vault_token=absolute_path("vault_token", merged.get("vault_token")),
+        vault_ca=absolute_path("vault_ca", merged.get("vault_ca")),
         vault_namespace=merged.get("vault_namespace"),
     )

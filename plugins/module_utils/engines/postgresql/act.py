@@ -148,7 +148,7 @@ class Acts:
         fscrypt.set_policy(step.data["path"], data_key.check_value)
 
     def _hand_over(self, step: Step) -> None:
-        user = self.options.user()
+        user = self.options.account()
         path = step.data["path"]
         with trusted_directory(os.path.dirname(path)) as folder:
             try:

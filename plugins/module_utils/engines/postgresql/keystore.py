@@ -45,7 +45,7 @@ class Keystore:
 
     def _present(self) -> Outcome:
         check_present(self.engine.options)
-        user = self.engine.options.user()
+        user = self.engine.options.account()
         wish = self.wish
         wishes = wish.slots if wish.slots is not None else [default_wish(self.engine.request)]
         ring = self.engine.keyring(wishes, self.check)

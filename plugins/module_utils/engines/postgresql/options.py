@@ -5,16 +5,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pwd
 import typing as t
 
 from ...common.errors import TdeError
 from ...storage.image import StorageWish, storage_wish
+from ..options import OfServer, absolute_path, with_recorded
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(OfServer):
     """What the engine works with; ``given`` is what the record keeps."""
 
     coverage: str
@@ -46,27 +45,6 @@ class Options:
             return None
         return storage_wish(self.mount_point, self.image, self.image_size if sized else None)
 
-    def user(self) -> pwd.struct_passwd:
-        """The operating system's user of the server.
-
-        :raises TdeError: ``os_user_absent``, ``invalid_option``.
-        """
-        try:
-            found = pwd.getpwnam(self.os_user)
-        except KeyError:
-            raise TdeError("os_user_absent", "does not exist on this host", obj=f"user {self.os_user}") from None
-        if found.pw_uid == 0:
-            raise TdeError("invalid_option", "must not be root", obj=f"os_user {self.os_user}")
-        return found
-
-
-def _path(name: str, value: t.Any) -> str | None:
-    if value is None:
-        return None
-    if not os.path.isabs(value):
-        raise TdeError("invalid_option", "must be an absolute path", obj=f"{name} {value!r}")
-    return os.path.normpath(str(value))
-
 
 def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any]) -> Options:
     """Options of a task; what it leaves out is taken from the record.
@@ -74,7 +52,7 @@ def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any]) -> O
     :param given: the task's dictionary; :param recorded: the record's, empty if there is none.
     :raises TdeError: ``invalid_option``.
     """
-    merged = {**recorded, **{name: value for name, value in given.items() if value is not None}}
+    merged = with_recorded(given, recorded)
     storage = given.get("storage") or recorded.get("storage") or "directory"
     image = merged.get("image")
     if recorded.get("image") and given.get("image") is None:
@@ -83,11 +61,11 @@ def complete(given: t.Mapping[str, t.Any], recorded: t.Mapping[str, t.Any]) -> O
         raise TdeError("invalid_option", "is needed for storage: image", obj="option image")
     options = Options(
         coverage=merged.get("coverage") or "tablespaces",
-        data_directory=_path("data_directory", merged.get("data_directory")),
-        mount_point=_path("mount_point", merged.get("mount_point")),
-        image=_path("image", image) if storage == "image" else None,
+        data_directory=absolute_path("data_directory", merged.get("data_directory")),
+        mount_point=absolute_path("mount_point", merged.get("mount_point")),
+        image=absolute_path("image", image) if storage == "image" else None,
         image_size=merged.get("image_size"),
-        bin_directory=_path("bin_directory", merged.get("bin_directory")),
+        bin_directory=absolute_path("bin_directory", merged.get("bin_directory")),
         os_user=merged.get("os_user") or "postgres",
         create_cluster=bool(merged.get("create_cluster")),
         debian_cluster=merged.get("debian_cluster"),

@@ -75,7 +75,7 @@ class Tablespaces:
         server = look.server(self.engine.request.connection, self.options)
         answer = _usable(server)
         self.server = server
-        user = self.options.user()
+        user = self.options.account()
         hidden = self._hidden()
         steps: Plan = []
         shown = []
