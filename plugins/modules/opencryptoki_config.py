@@ -17,6 +17,8 @@ description:
   - Before a file is replaced, a daemon of its own is started on the new files, in name spaces of its own and on empty folders,
     and its library is asked. A slot that was asked for and is not listed, or that was listed and is not any more, is an error,
     and the files stay as they were. The host's daemon is neither asked nor disturbed.
+  - The folder of the token of each slot that was asked for is opened to its group where the group cannot write in it. In the
+    folders that Debian's package brings, nobody but root can make a key.
   - The host's daemon reads the new file at its next start only. See RV(restart_required) and M(hsm.tde.opencryptoki_daemon).
 author:
   - The hsm.tde authors (@hsm-tde)
@@ -152,7 +154,7 @@ attributes:
       - Where openCryptoki is not installed yet, it warns, and tells a change.
     support: full
   diff_mode:
-    description: Shows the files before and after.
+    description: Shows the files before and after, and of folders group and mode.
     support: full
 notes:
   - Trying out needs the right to make name spaces. In a container without C(CAP_SYS_ADMIN) the files are judged by their grammar
@@ -250,7 +252,7 @@ plan:
       type: str
       sample: write_file
     object:
-      description: The file.
+      description: The file or folder.
       type: str
       sample: /etc/opencryptoki/opencryptoki.conf
     why:
@@ -302,7 +304,7 @@ def act(module: TdeModule) -> dict[str, t.Any]:
         "plan": planning.public(outcome.plan),
         "version": "{}.{}".format(*outcome.version),
         "tried_out": outcome.answer is not None,
-        "restart_required": daemon.restart_required(any(step.data["name"] == config.MAIN for step in outcome.plan)),
+        "restart_required": daemon.restart_required(any(step.data.get("name") == config.MAIN for step in outcome.plan)),
         "backup_files": outcome.backups,
         "diff": [
             {
@@ -313,6 +315,16 @@ def act(module: TdeModule) -> dict[str, t.Any]:
             }
             for name, (before, after) in outcome.texts.items()
             if before != after
+        ]
+        + [
+            {
+                "before": f"{step.data['before']}\n",
+                "after": f"{step.data['after']}\n",
+                "before_header": step.obj,
+                "after_header": step.obj,
+            }
+            for step in outcome.plan
+            if step.action == "open_folder"
         ],
     }
     if outcome.answer is not None:

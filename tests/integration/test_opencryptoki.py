@@ -188,6 +188,30 @@ def test_slots_change_and_go(factory_opencryptoki: OpenCryptoki, state: StateDir
     assert configured(here, state, slots=[{"number": 9, "state": "absent"}])["changed"] is False
 
 
+def test_the_packages_token_folders_are_opened_to_their_users(factory_opencryptoki: OpenCryptoki, state: StateDirectory) -> None:
+    """Debian's are root's with mode 0755: the server's user then logs in, and cannot make a key (CKR_FUNCTION_FAILED)."""
+    here = factory_opencryptoki
+    places = [here.home / "var/swtok", here.home / "var/swtok/TOK_OBJ"]
+    for place in places:
+        os.chown(place, 0, 0)
+        place.chmod(0o755)
+    wish = {"slots": [{"number": 0, "stdll": SW}]}
+    foreseen = configured(here, state, check=True, diff=True, **wish)
+    assert [(step["action"], step["object"]) for step in foreseen["plan"]] == [
+        ("open_folder", "/var/lib/opencryptoki/swtok"), ("open_folder", "/var/lib/opencryptoki/swtok/TOK_OBJ"),
+    ]  # fmt: skip
+    assert foreseen["diff"][1]["before"] == "root 0755\n"
+    assert foreseen["diff"][1]["after"] == "pkcs11 0770\n"
+    assert places[0].stat().st_gid == 0, "check mode changes nothing"
+    done = configured(here, state, **wish)
+    assert done["changed"]
+    assert not done["restart_required"]
+    assert [(place.group(), place.stat().st_mode & 0o7777) for place in places] == [("pkcs11", 0o770)] * 2
+    assert not configured(here, state, **wish)["changed"]
+    places[1].chmod(0o755)
+    assert not configured(here, state, slots=[{"number": 9, "state": "absent"}])["changed"], "a slot that was not asked for stays"
+
+
 @pytest.mark.parametrize(
     ("slot", "code", "said"),
     [

@@ -313,7 +313,7 @@ def apply(wish: ConfigWish, *, act: bool) -> Outcome:
             "by its grammar only, not by a daemon. Compare hsm.tde.opencryptoki_info after the restart."
         )
     not_listed = prove(path, texts[MAIN], wish, before, after) if after is not None else {}
-    plan = decide(present, texts)
+    plan = [*decide(present, texts), *_closed_folders(texts[MAIN], wish)]
     backups: list[str] = []
     if act and plan:
         _Runner(texts, wish.backup, backups).run(plan)
@@ -337,6 +337,16 @@ def _folders(text: str) -> dict[str, str]:
     except conf.ConfSyntaxError:
         return {}
     return {folder: keys.get("usergroup", base.GROUP) for keys in slots if (folder := rules.folder_of(keys))}
+
+
+def _closed_folders(text: str, wish: ConfigWish) -> Plan:
+    """The folders of the tokens that were asked for in which their users cannot make keys."""
+    found = {
+        folder: keys.get("usergroup", base.GROUP)
+        for number, keys in conf.slots(text).items()
+        if wish.slots.get(number) is not None and (folder := rules.folder_of(keys))
+    }
+    return [step for folder, group in found.items() for step in store.closed_folders(folder, group)]
 
 
 def prove(path: str, text: str, wish: ConfigWish, before: api.Answer | None, after: api.Answer) -> dict[int, str]:
@@ -413,7 +423,7 @@ class _Runner:
         self._texts, self._backup, self._backups = texts, backup, backups
 
     def run(self, plan: Plan) -> None:
-        planning.run(plan, {"write_file": self._write})
+        planning.run(plan, {"write_file": self._write, "open_folder": store.open_folder})
 
     def _write(self, step: Step) -> None:
         path, name = step.obj, step.data["name"]
