@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 import socket
 import struct
 import threading
@@ -14,6 +16,7 @@ import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.engines.base import Connection
+from ansible_collections.hsm.tde.plugins.module_utils.engines.mariadb import sql as mariadb
 from ansible_collections.hsm.tde.plugins.module_utils.engines.postgresql import sql
 
 PASSWORD = "Database-Password-1"
@@ -44,3 +47,60 @@ def test_a_password_is_not_sent_to_another_users_socket(tmp_path: Path) -> None:
             pass
         server.join(20)
     assert PASSWORD.encode() not in heard
+
+
+def greeting(peer: socket.socket) -> None:
+    """MariaDB's first packet (its manual, "Connection"), then AuthSwitchRequest to a password in the clear."""
+    first = b"\x0a10.11.6-MariaDB\0" + struct.pack("<I", 7) + b"a" * 8 + b"\0" + struct.pack("<HBHH", 0xF7FF, 45, 2, 0x8)
+    first += bytes([21]) + bytes(10) + b"b" * 12 + b"\0mysql_native_password\0"
+    peer.sendall(struct.pack("<I", len(first))[:3] + b"\0" + first)
+    number = peer.recv(4096)[3] + 1
+    switch = b"\xfemysql_clear_password\0"
+    peer.sendall(struct.pack("<I", len(switch))[:3] + bytes([number]) + switch)
+
+
+def challenge(peer: socket.socket) -> None:
+    """PostgreSQL's AuthenticationCleartextPassword, to whom it refused TLS and GSSAPI."""
+    while struct.unpack(">II", peer.recv(4096)[:8])[1] in (80877103, 80877104):
+        peer.sendall(b"N")
+    peer.sendall(b"R" + struct.pack(">II", 8, 3))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: another user's port")
+@pytest.mark.parametrize("engine", ["postgresql", "mariadb"])
+@pytest.mark.parametrize("owner", ["nobody", "root"])
+def test_a_password_is_not_sent_to_another_users_port(engine: str, owner: str) -> None:
+    """While the server is down anybody may listen at its port, and ask for the password in the clear. Root may for the server."""
+    heard = b""
+    os.seteuid(pwd.getpwnam(owner).pw_uid)
+    try:
+        listener = socket.socket()
+    finally:
+        os.seteuid(0)
+    with listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.settimeout(5)
+
+        def ask() -> None:
+            nonlocal heard
+            with contextlib.suppress(OSError, IndexError, struct.error):
+                peer, _address = listener.accept()
+                with peer:
+                    (challenge if engine == "postgresql" else greeting)(peer)
+                    heard = peer.recv(4096)
+
+        server = threading.Thread(target=ask, daemon=True)
+        server.start()
+        connection = Connection("127.0.0.1", listener.getsockname()[1], None, "admin", Secret(PASSWORD), "postgres")
+        where = (
+            mariadb.access(connection, "daemon", path=None, user=None)
+            if engine == "mariadb"
+            else sql.access(connection, "daemon")
+        )
+        with pytest.raises(TdeError) as raised, mariadb.connect(where) if engine == "mariadb" else sql.connect(where):
+            pass
+        if owner == "nobody":
+            assert raised.value.code == "server_foreign"
+    server.join(6)
+    assert (PASSWORD.encode() in heard) == (owner == "root"), "the test's own server does ask"

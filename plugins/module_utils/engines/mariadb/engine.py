@@ -13,6 +13,7 @@ from ...common import plan as plans
 from ...common.errors import TdeError
 from ...common.plan import Plan, Step
 from ...keystore.format import check_value
+from .. import listener
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, ProofWish, Request, SlotWish, TablespacesWish
 from ..keyfacts import expect, kek_words, key_facts, record_facts
@@ -53,7 +54,7 @@ class MariaDb(Engine):
     def state(self, *, ask: bool = True) -> look.State:
         """The server and what it is given.
 
-        :raises TdeError: ``server_foreign``: another server answers than the one whose files lie here.
+        :raises TdeError: ``server_foreign``, ``server_not_local``: another server answers than the one whose files lie here.
         """
         state = look.look(self.request.connection, self.options, ask=ask)
         if state.answer is None:
@@ -63,7 +64,8 @@ class MariaDb(Engine):
             raise TdeError(
                 "server_foreign", f"works on {said}, not on {state.data_directory}", obj=f"MariaDB at {state.access.where}"
             )
-        if state.process is None:
+        # Fleets have the same paths on every host, so that a server works there here says nothing of the one that answers.
+        if state.process is None or (state.access.host and not listener.is_here(state.access.host)):
             raise TdeError("server_not_local", f"no server on this host works on {said}", obj=f"MariaDB at {state.access.where}")
         return state
 

@@ -13,6 +13,7 @@ import struct
 import typing as t
 
 from ...common.errors import TdeError
+from .. import listener
 from ..base import Connection
 
 if t.TYPE_CHECKING:
@@ -130,7 +131,7 @@ def failure(exc: Exception, obj: str) -> TdeError:
 def connect(where: Access, *, read_seconds: float = READ_SECONDS) -> t.Iterator[pymysql.connections.Connection[t.Any]]:
     """A connection in autocommit mode.
 
-    :raises TdeError: ``library_missing``, ``server_down``, ``server_refused``; what a statement meets.
+    :raises TdeError: ``library_missing``, ``server_down``, ``server_refused``, ``server_foreign``; what a statement meets.
     """
     try:
         import pymysql
@@ -141,6 +142,8 @@ def connect(where: Access, *, read_seconds: float = READ_SECONDS) -> t.Iterator[
             obj="the target's Python",
             next_step="Run the role hsm.tde.prerequisites, or set ansible_python_interpreter to an environment that has it.",
         ) from None
+    if where.host:
+        listener.check(where.host, where.port, where.os_user)
     password = where.connection.password
     opened = pymysql.connect(
         host=where.host,

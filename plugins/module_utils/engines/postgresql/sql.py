@@ -11,6 +11,7 @@ import pwd
 import typing as t
 
 from ...common.errors import TdeError
+from .. import listener
 from ..base import Connection
 
 if t.TYPE_CHECKING:
@@ -127,11 +128,14 @@ def connect(
     """A connection in autocommit mode with ``search_path = pg_catalog`` and time-outs.
 
     :param database: the database, the options' one if not given.
-    :raises TdeError: ``server_down``, ``server_starting``, ``server_refused``, and ``server_failed`` for what a statement meets.
+    :raises TdeError: ``server_down``, ``server_starting``, ``server_refused``, ``server_foreign``, and ``server_failed`` for
+        what a statement meets.
     """
     import psycopg
 
     parameters = where.parameters(database)
+    if not where.local:
+        listener.check(where.host, where.port, where.os_user)
     if where.connection.password is not None:
         parameters["password"] = where.connection.password.text()
     identity = as_user(where.os_user) if where.local and where.connection.password is None else contextlib.nullcontext()
