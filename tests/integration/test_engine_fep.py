@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import typing as t
 from pathlib import Path
 
 import pytest
-from ansible_collections.hsm.tde.plugins.module_utils.command import zipapp
+from ansible_collections.hsm.tde.plugins.module_utils.command import units, zipapp
 from ansible_collections.hsm.tde.plugins.module_utils.engines.base import Connection
 from ansible_collections.hsm.tde.plugins.module_utils.engines.fep import sql
+from ansible_collections.hsm.tde.plugins.module_utils.engines.postgresql import server as servers
 from ansible_collections.hsm.tde.tests.integration import fep, fepestate, postgres, support, userhost
 from ansible_collections.hsm.tde.tests.integration.fepestate import NEW_PASSPHRASE, PASSPHRASE, FepEstate
 
@@ -67,6 +69,18 @@ def test_the_passphrase_changes_and_the_key_stays(file_cluster: FepEstate) -> No
     assert cluster.steps("tde_keystore", state="open", passphrase=NEW_PASSPHRASE) == ["open_keystore"]
     cluster.run("tde_keystore", passphrase=NEW_PASSPHRASE, keyslots=SLOTS)
     assert cluster.secrets_shown(PASSPHRASE, NEW_PASSPHRASE, wrong) == []
+
+
+def test_what_the_boot_unit_may_do_is_enough_to_see_the_server(file_cluster: FepEstate) -> None:
+    """Of another user's process the kernel shows the working directory to CAP_SYS_PTRACE only."""
+    bounds = re.findall(
+        r"^CapabilityBoundingSet=(.*)$", units.template("/usr/local/sbin/hsm-tde", "/var/lib/hsm-tde"), re.MULTILINE
+    )
+    kept = ",".join("+" + word.removeprefix("CAP_").lower() for line in bounds for word in line.split())
+    code = f"from {servers.__name__} import postmaster; print(postmaster({str(file_cluster.server.data)!r}).pid)"
+    argv = ["setpriv", f"--bounding-set=-all,{kept}", sys.executable, "-c", code]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=20)
+    assert done.stdout.strip() == (file_cluster.server.data / "postmaster.pid").read_text().split()[0], done.stderr
 
 
 def test_it_opens_by_itself_where_that_is_wished(file_cluster: FepEstate) -> None:

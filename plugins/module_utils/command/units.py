@@ -34,6 +34,9 @@ _UNIT = re.compile(r"[A-Za-z0-9:_.\\-]+(@[A-Za-z0-9:_.\\-]*)?\.service")
 # No directive here may give the service a mount name space of its own (ProtectSystem=, PrivateTmp=,
 # ProtectKernelTunables= and their kind, systemd.exec(5)): an image mounted inside it would stay invisible to
 # the database. MemoryDenyWriteExecute= breaks libffi's callbacks, ProtectClock= and DevicePolicy= the loop devices.
+# CAP_SYS_PTRACE reads the working directory of another user's process (proc(5), /proc/pid/cwd), by which a server is known
+# to run. CAP_IPC_OWNER attaches to the shared memory of openCryptoki's daemon, which in 3.23 runs as its own user:
+# a unit of root's is in no further group.
 _TEMPLATE_TEXT = """{mark}[Unit]
 Description=Open the encrypted places of database cluster %i
 Documentation=https://github.com/hsm-tde/hsm.tde
@@ -58,6 +61,7 @@ LimitMEMLOCK=infinity
 KeyringMode=private
 NoNewPrivileges=yes
 CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_CHOWN CAP_FOWNER CAP_SETUID CAP_SETGID CAP_IPC_LOCK
+CapabilityBoundingSet=CAP_IPC_OWNER CAP_SYS_PTRACE
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictNamespaces=yes
 RestrictRealtime=yes
