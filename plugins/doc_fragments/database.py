@@ -261,6 +261,22 @@ options:
         description:
           - How many of the server's threads encrypt, in the background, what is there, the system tablespace with it. 4 if it was never given.
         type: int
+      former_key_file:
+        description:
+          - What becomes of the key file of a server that C(file_key_management) encrypts already. Keys, numbers and cipher stay, so that no
+            page changes; C(innodb_default_encryption_key_id) tells which of them is that of V(default), else there is a new one.
+          - The keys are read from the file that the running server names, also where it is encrypted under a password (SHA-1), and of each
+            number in use a file of the server must open with its key.
+        type: str
+        choices:
+          refuse: Such a server is left alone.
+          take: >-
+            M(hsm.tde.tde_keystore) with C(state=present) seals the keys in the store, and C(state=open) gives them to the server in memory, which
+            it works with after its restart. The file stays.
+          remove: >-
+            As V(take), and C(state=open) removes the file once the server was restarted and the task's credentials have opened each of its keys in
+            the store. Copies of it stay dangerous until O(mariadb.reencrypt) has given the tables new keys.
+        default: refuse
       reencrypt:
         description:
           - With M(hsm.tde.tde_master_key) and C(state=rotated), rotate the data keys, too. Each tablespace gets a new key, which needs a restart,

@@ -25,6 +25,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
 from ansible_collections.hsm.tde.tests.integration import estate, support
 
 USER = "mysql"
+PASSPHRASE = estate.PASSPHRASE
 _PLUGIN = "/usr/lib/mysql/plugin/file_key_management.so"
 
 
@@ -219,6 +220,67 @@ def folder() -> t.Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+#: Keys of a key file that the server had before ours, in the forms that it takes.
+FORMER = {1: "AB" * 32, 5: "cd" * 16, 7: "1f" * 24}
+
+
+class FormerHost(Host):
+    """A host whose server is encrypted already. :ivar former: its key file."""
+
+    former: Path
+
+
+@contextlib.contextmanager
+def formerly(home: Path, *, algorithm: str = "AES_CTR", default: int = 1, password: str | None = None) -> t.Iterator[FormerHost]:
+    """A running server that a key file of its own encrypts, with tables under three keys."""
+    home.mkdir(exist_ok=True)
+    made = FormerHost(home)
+    made.former = home / "theirs/keys"
+    made.former.parent.mkdir()
+    lines = "# ours\n" + "".join(f"{number};{key} # a note\n" for number, key in FORMER.items())
+    settings = [
+        "plugin_load_add = file_key_management", f"file_key_management_filename = {made.former}",
+        f"file_key_management_encryption_algorithm = {algorithm}", f"innodb_default_encryption_key_id = {default}",
+        "innodb_encrypt_tables = ON", "innodb_encrypt_log = ON", "encrypt_binlog = ON", "innodb_encryption_threads = 4",
+    ]  # fmt: skip
+    made.former.write_text(lines)
+    if password:
+        secret = made.former.parent / "password"
+        secret.write_text(password)
+        settings.append(f"file_key_management_filekey = FILE:{secret}")
+        argv = [
+            "openssl",
+            "enc",
+            "-aes-256-cbc",
+            "-md",
+            "sha1",
+            "-pass",
+            f"file:{secret}",
+            "-in",
+            str(made.former),
+            "-out",
+            str(made.former) + ".enc",
+        ]
+        subprocess.run(argv, check=True, capture_output=True)
+        os.replace(str(made.former) + ".enc", made.former)
+    for path in made.former.parent.iterdir():
+        shutil.chown(path, USER, USER)
+        path.chmod(0o600)
+    made.server.install()
+    (made.server.include / "enc.cnf").write_text("[mariadb]\n" + "\n".join(settings) + "\n")
+    try:
+        made.server.start()
+        fill(made.server, 2000)
+        made.server.sql("CREATE TABLE under_seven ENCRYPTED=YES ENCRYPTION_KEY_ID=7 AS SELECT * FROM orders LIMIT 100", "shop")
+        deadline = time.monotonic() + 20
+        while "mysql/innodb_index_stats" not in made.spaces() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield made
+    finally:
+        made.server.stop()
+        subprocess.run(["umount", str(made.keys)], check=False, capture_output=True)
+
+
 @contextlib.contextmanager
 def host(home: Path, **settings: str) -> t.Iterator[Host]:
     """A running server that is not encrypted yet."""
@@ -276,6 +338,16 @@ class Load:
                     self.failures.append(repr(error))
                     connection.rollback()
                 time.sleep(0.002)
+
+
+#: Of shop: its partitions, its full-text index and its name that must be quoted.
+TABLES = ("orders", "parts", "words", "`a.b é#P# x`")
+
+
+def rows(host: Host, *more: str) -> list[str]:
+    """Count and checksum of each table of shop; :param more: further tables of it."""
+    each = (f"SELECT COUNT(*), MD5(GROUP_CONCAT(MD5(body) ORDER BY id)) FROM shop.{table}" for table in (*TABLES, *more))
+    return host.server.sql("SET SESSION group_concat_max_len = 100000000; " + "; ".join(each)).splitlines()
 
 
 MARKER = "hsmtde-marker-2291"

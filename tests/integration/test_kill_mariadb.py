@@ -3,7 +3,8 @@
 """A MariaDB server's work killed at random moments, then run again: the wished state, every row, no key at rest.
 
 The rotation of its data keys, before and after the restart that it needs; the server, too, is killed while tables are built
-anew. And what its keys are protected by: from the token to KMIP, to a passphrase and back, with an outage and a boot in between.
+anew. What its keys are protected by: from the token to KMIP, to a passphrase and back, with an outage and a boot in between. And the
+way from a key file of its own into the store.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import subprocess
 import typing as t
 from pathlib import Path
@@ -31,14 +33,13 @@ from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.tests.integration import killing, mariadb
 from ansible_collections.hsm.tde.tests.integration.estate import PASSPHRASE, RECOVERY, SLOTS
 from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer
-from ansible_collections.hsm.tde.tests.integration.mariadb import Host
+from ansible_collections.hsm.tde.tests.integration.mariadb import FORMER, FormerHost, Host
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not mariadb.usable(), reason="needs root, MariaDB's server and SoftHSM")]
 
 #: Kills of each half of a rotation.
 FEW, MANY = 2, 25
 SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
-ROWS = "SELECT COUNT(*), MD5(GROUP_CONCAT(MD5(body) ORDER BY id)) FROM shop.{}"
 
 
 #: Rotations of one host: each keeps the former keys, and all of them are wrapped anew by the next.
@@ -71,12 +72,6 @@ def rotation(host: Host, number: int) -> killing.Task:
     return killing.task("tde_master_key", arguments)
 
 
-def rows(host: Host) -> list[str]:
-    """Count and checksum of each table."""
-    host.server.sql("SET GLOBAL group_concat_max_len = 100000000")
-    return [host.server.sql(ROWS.format(table)) for table in ("orders", "parts", "words", "`a.b é#P# x`")]
-
-
 def sound(host: Host, work: killing.Task, number: int) -> None:
     """What holds after the last run of a rotation."""
     done = killing.run(work)
@@ -105,10 +100,10 @@ def server_dies_under(host: Host, work: killing.Task, seconds: float) -> None:
 
 def rotate(host: Host, number: int, first: killing.Kills, second: killing.Kills | None, seconds: float) -> None:
     """One rotation, killed before and after the restart; :param second: None: then the server dies, after some seconds."""
-    expected = rows(host)
+    expected = mariadb.rows(host)
     work = rotation(host, number)
     first.begin(work)
-    assert rows(host) == expected
+    assert mariadb.rows(host) == expected
     first.finish(work)
     assert killing.run(work)["restart_required"]
     host.server.restart()
@@ -116,10 +111,10 @@ def rotate(host: Host, number: int, first: killing.Kills, second: killing.Kills 
         second.begin(work)
     else:
         server_dies_under(host, work, seconds)
-    assert rows(host) == expected
+    assert mariadb.rows(host) == expected
     (second or first).finish(work)
     sound(host, work, number)
-    assert rows(host) == expected
+    assert mariadb.rows(host) == expected
 
 
 @pytest.mark.parametrize("count", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)])
@@ -150,8 +145,10 @@ WAYS: dict[str, dict[str, t.Any]] = {
     "token": {"name": "primary", "token_label": "demo"},
     "kmip": {"name": "primary", "protection": "kmip"},
 }
-#: Kills of one kind of migration.
-SOME, ALL = 2, 50
+#: From the token: each to each other.
+ROUND = ("kmip", "passphrase", "token", "passphrase", "kmip", "token")
+#: Kills on the way to each.
+SOME, ALL = 1, 50
 
 
 class Protected:
@@ -164,7 +161,7 @@ class Protected:
         self.pin_file = host.home / "etc/pin"
         host.run("tde_keystore", keyslots=SLOTS, pin_source={"kind": "file", "path": str(self.pin_file)})
         self.keys = self.opened("token")
-        self.rows = rows(host)
+        self.rows = mariadb.rows(host)
         self.boots = 0
 
     def task(self, way: str) -> killing.Task:
@@ -195,7 +192,7 @@ class Protected:
         self.host.server.kill()
         assert any(self.host.boots(OWN_PASSPHRASE if way == "passphrase" else None) for way in ways), "no way opens it"
         self.host.server.start()
-        assert rows(self.host) == self.rows
+        assert mariadb.rows(self.host) == self.rows
 
     def sound(self, work: killing.Task) -> None:
         """What holds after the last run of a migration."""
@@ -217,35 +214,107 @@ class Protected:
         killing.no_secret(secrets, self.host.home, but=[self.host.keys, self.pin_file])
 
 
-@pytest.mark.parametrize(
-    ("way", "count"),
-    [
-        pytest.param("kmip", SOME, id="kmip-few"),
-        *(pytest.param(way, ALL, id=f"{way}-many", marks=pytest.mark.slow) for way in WAYS),
-    ],
-)
-def test_a_migration_killed_at_random_moments(home: Path, kmip_server: KmipServer, way: str, count: int) -> None:
-    """To one protection from each of the others, so many times each; the server boots after each, and often right after the kill."""
-    kills = killing.AtRandom(f"migration to {way}", SEED)
-    unkilled = 0
-    with encrypted(home / f"{way}.{count}") as host:
+@pytest.mark.parametrize("count", [pytest.param(SOME, id="few"), pytest.param(ALL, id="many", marks=pytest.mark.slow)])
+def test_migrations_killed_at_random_moments(home: Path, kmip_server: KmipServer, count: int) -> None:
+    """Each to each other, so many kills on the way to each; the server boots after each, and often right after the kill."""
+    kills = {way: killing.AtRandom(f"migration to {way}", SEED + number) for number, way in enumerate(WAYS)}
+    with encrypted(home / f"migrations.{count}") as host:
         protected = Protected(host, kmip_server)
-        others = [one for one in WAYS if one != way]
+        number = 0
         try:
-            while kills.killed < count:
-                before = others[(kills.killed + kills.ended) % 2]
-                if protected.way != before:
-                    killing.run(protected.task(before))
-                    unkilled += 1
-                protected.way = way
-                work = protected.task(way)
-                kills.begin(work)
-                if kills.killed % 2:
-                    protected.boot(before, way)
-                kills.finish(work)
+            while min(one.killed for one in kills.values()) < count:
+                before, protected.way = protected.way, ROUND[number % len(ROUND)]
+                work = protected.task(protected.way)
+                kills[protected.way].begin(work)
+                if number % 3 == 0:
+                    protected.boot(before, protected.way)
+                kills[protected.way].finish(work)
                 protected.sound(work)
-                protected.boot(way)
+                protected.boot(protected.way)
+                number += 1
         finally:
-            print(kills, f"{unkilled} migrations between, {protected.boots} boots", sep="\n")
+            print(*kills.values(), f"{number} migrations, {protected.boots} boots", sep="\n")
     if count > SOME:
-        assert len(kills.found) > 1, "every kill left the same to do"
+        assert all(len(one.found) > 1 for one in kills.values()), "every kill left the same to do"
+
+
+# --- from a key file of the server's own into the store
+
+#: Kills of the whole way, in its three parts.
+ONCE, OFTEN = 1, 50
+
+
+def way(host: FormerHost, state: str, what: str) -> killing.Task:
+    """One of the tasks that lead from the former key file to ours."""
+    more = {"keyslots": SLOTS} if state == "present" else {}
+    arguments = host.arguments(state=state, mariadb={**host.options, "former_key_file": what}, **more)
+    return killing.task("tde_keystore", arguments)
+
+
+def outage(host: FormerHost, rows: list[str]) -> None:
+    """The server dies and the memory is empty; the boot opens the keystore, or there is none yet that the server asks for."""
+    host.server.kill()
+    opened = host.boots(PASSPHRASE)
+    ours = (host.server.include / "zz-hsm-tde.cnf").exists()
+    assert opened or not ours
+    host.server.start()
+    assert mariadb.rows(host, "under_seven") == rows
+
+
+def from_the_file(host: FormerHost, rows: list[str], parts: t.Sequence[killing.Kills], chance: random.Random) -> None:
+    """The whole way once, each part killed and run again."""
+    for part, state, what in zip(parts, ("present", "open", "open"), ("take", "take", "remove"), strict=True):
+        work = way(host, state, what)
+        part.begin(work)
+        if chance.random() < 0.5:
+            outage(host, rows)
+        part.finish(work)
+        done = killing.run(work)
+        assert done["restart_required"] == (not done["changed"] and state == "open" and what == "take" and not ours(host))
+        assert not done["changed"]
+        assert mariadb.rows(host, "under_seven") == rows
+        assert host.former.exists() == (what != "remove")
+        if state == "open" and not ours(host):
+            host.server.restart()
+            assert mariadb.rows(host, "under_seven") == rows
+    keys = killing.opened(host.state, [TokenCredential(host.hsm.access())], [PassphraseCredential(Secret(PASSPHRASE))])
+    assert {int(name.split(".")[1]): key for name, key in keys.items() if name.split(".")[1] in map(str, FORMER)} == {
+        number: bytes.fromhex(key) for number, key in FORMER.items()
+    }
+    assert sorted(int(name.split(".")[1]) for name in keys) == [1, 2, 3, 5, 7]
+    host.journal()
+    killing.no_leftovers(host.home)
+    killing.no_secret([host.hsm.pin.encode(), PASSPHRASE.encode(), *keys.values()], host.home, but=[host.keys])
+    host.server.kill()
+    assert host.boots(PASSPHRASE)
+    host.server.start()
+    assert mariadb.rows(host, "under_seven") == rows
+
+
+def ours(host: Host) -> bool:
+    """Whether the server works with our key file."""
+    return host.server.sql("SELECT @@file_key_management_filename") == str(host.keys / "keys")
+
+
+@pytest.mark.parametrize("count", [pytest.param(ONCE, id="few"), pytest.param(OFTEN, id="many", marks=pytest.mark.slow)])
+def test_the_way_from_a_key_file_killed_at_random_moments(home: Path, count: int) -> None:
+    names = ("keys taken", "keys given", "file removed")
+    parts = [killing.AtRandom(f"from a key file, {name}", SEED + number) for number, name in enumerate(names)]
+    chance = random.Random(SEED)
+    hosts = 0
+    with mariadb.formerly(home / f"file.{count}") as host:
+        rows = mariadb.rows(host, "under_seven")
+        host.server.stop()
+        again = home / f"template.{count}"
+        subprocess.run(["cp", "-a", str(host.home), str(again)], check=True)
+        try:
+            while sum(part.killed for part in parts) < count:
+                hosts += 1
+                host.server.start()
+                from_the_file(host, rows, parts, chance)
+                host.server.stop()
+                subprocess.run(["umount", str(host.keys)], check=True)
+                shutil.rmtree(host.home)
+                subprocess.run(["cp", "-a", str(again), str(host.home)], check=True)
+        finally:
+            print(*parts, f"{hosts} hosts", sep="\n")

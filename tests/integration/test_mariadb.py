@@ -276,12 +276,13 @@ def test_a_server_under_other_keys_is_left_alone(home: Path) -> None:
             f"[mariadb]\nplugin_load_add=file_key_management\nfile_key_management_filename={keys}\n"
         )
         other.server.restart()
-        other.run("tde_keystore", keyslots=SLOTS)
-        other.refused("tde_keystore", "encryption_foreign", state="open")
+        other.refused("tde_keystore", "encryption_foreign", keyslots=SLOTS)
+        assert not list(other.state.glob("store/*/*"))
         assert os.listdir(other.server.include) == ["theirs.cnf"]
         # A file of another cluster in the same folder is never taken over, and a server that reads no include file is told from one to restart.
         (other.server.include / "theirs.cnf").unlink()
         other.server.restart()
+        other.run("tde_keystore", keyslots=SLOTS)
         other.server.conf.write_text(other.server.conf.read_text().replace("!includedir", "#"))
         assert other.run("tde_keystore", state="open")["restart_required"]
         time.sleep(2.2)

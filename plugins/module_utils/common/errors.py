@@ -545,6 +545,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The server encrypts with keys that are not this collection's; replacing them would make its tables unreadable.",
         "Take its encryption back first, or leave it to its keys.",
     ),
+    "former_key_file_unreadable": ErrorCode(
+        "damaged",
+        "The key file that the server was encrypted with before cannot be read as one.",
+        "See that it is the file the server was started with, then run again.",
+    ),
     "setting_ineffective": ErrorCode(
         "client_error",
         "The server was started after its settings were written, and does not have them.",

@@ -112,6 +112,7 @@ def mariadb_options() -> dict[str, t.Any]:
         "os_user": {"type": "str"},
         "refuse_plain_tables": {"type": "bool"},
         "encryption_threads": {"type": "int"},
+        "former_key_file": {"type": "str", "choices": ["refuse", "take", "remove"], "default": "refuse", "no_log": False},
         "reencrypt": {"type": "bool", "default": False},
     }
 

@@ -201,7 +201,7 @@ class KeyStore:
     def create_key(
         self, key_id: str, length: int, slots: t.Sequence[Slot], check: t.Callable[[bytes], str] | None = None
     ) -> DataKey:
-        """Make a data key of random bytes; when this returns it lies on the disk and every keyslot has opened it.
+        """Make a data key of its :meth:`material`; when this returns it lies on the disk and every keyslot has opened it.
 
         :param length: bytes. :param slots: its keyslots, each with a name of its own.
         :param check: gives its check value in hex as its consumer tells it (fscrypt's key identifier); else HKDF-SHA256's.
@@ -209,10 +209,14 @@ class KeyStore:
         """
         file = self.file(key_id)
         self.create()
-        key = secrets.token_bytes(length)
+        key = self.material(key_id, length)
         value = {"kind": "consumer", "value": check(key)} if check else {"kind": "hkdf-sha256", "value": check_value(key)}
         document = file.create(key, slots, check=value)
         return DataKey(Opened(document, document.keyslots[0], key))
+
+    def material(self, key_id: str, length: int) -> bytes:
+        """What a new data key is made of: random bytes, or in the store of an engine that takes keys over those it has."""
+        return secrets.token_bytes(length)
 
     def open_key(self, key_id: str, credentials: t.Sequence[Credential]) -> DataKey:
         """Open a data key with the first credential that can. See :func:`sealed.open_files`."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import struct
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
+from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.engines.base import Connection, MoveWish, TablespaceWish
 from ansible_collections.hsm.tde.plugins.module_utils.engines.keyslots import Key, Wanted
 from ansible_collections.hsm.tde.plugins.module_utils.engines.mariadb import (
     conf,
+    former,
     gaps,
     keyfile,
     logs,
@@ -35,6 +38,7 @@ from hypothesis import strategies as st
 OPTIONS = options.complete("main", {"include_directory": "/etc/x", "key_directory": "/run/k"}, {}, socket=None, user=None)
 FIRST = [Name(number, tablespace) for number, tablespace in keyfile.FIRST.items()]
 KEYS = [Key(name.key_id, f"check{name.number}", ()) for name in FIRST]
+KEY = b"k" * 32
 ACCESS = sql.access(Connection(), "mysql", path="/s", user=None)
 
 
@@ -58,7 +62,7 @@ def state(said: sql.Server | None = None, **more: t.Any) -> look.State:
     """A server with our keys in memory, started after they came there."""
     keys = keyfile.KeyFile({name.number: f"check{name.number}" for name in FIRST}, dict.fromkeys(keyfile.FIRST, 5.0))
     include = conf.render("main", plan.include_wish(OPTIONS, FIRST))
-    found = look.State(ACCESS, "/d", True, keys, include, 0.0, look.Process(1, 10.0), said or answer({}), None)
+    found = look.State(ACCESS, "/d", True, keys, include, 0.0, look.Process(1, 10.0), said or answer({}), None, None)
     return dataclasses.replace(found, **more)
 
 
@@ -154,6 +158,107 @@ def test_a_server_that_was_restarted_in_vain() -> None:
     assert caught.value.code == "setting_ineffective"
 
 
+# --- a server that a key file of its own encrypts
+
+TAKEN = options.Former("/theirs", "AES_CBC", "c", ("key.1.system", "key.5.default"))
+#: ``1;`` and 7 in 64 digits, with the salt 0102030405060708 and the password secret.
+OPENSSL = bytes.fromhex(
+    "53616c7465645f5f0102030405060708c72d47e946de4ea72ac4f0af75ba24268019be4ba5c0d57e9422fe8ec7ae9bff"
+    "ba80a57a64b6a1ede34fc21a2395f8179e0171cbb7d25a969fa069627729dcfca6dedfdfe9b212aa734add76798d50e2"
+)
+AFTER = dataclasses.replace(OPTIONS, former=TAKEN)
+
+
+def on_file(path: str) -> sql.Server:
+    """A server that works with a key file."""
+    return answer({}, variables={**answer({}).variables, "file_key_management_filename": path})
+
+
+def test_the_lines_of_a_former_key_file() -> None:
+    content = f"# a note\n\n1;{'AB' * 32}\n 7 ;{'cd' * 16} # b\n300;{'0f' * 24}".encode()
+    assert former.parsed(content, "/k") == {1: b"\xab" * 32, 7: b"\xcd" * 16, 300: b"\x0f" * 24}
+    for wrong in (
+        f"2;{'ab' * 32}",
+        f"1;{'ab' * 32}\n1;{'ab' * 32}",
+        f"1;{'ab' * 15}",
+        f"1;{'ab' * 33}",
+        f"0;{'ab' * 32}",
+        "1 2",
+        "",
+    ):
+        with pytest.raises(TdeError) as caught:
+            former.parsed(wrong.encode(), "/k")
+        assert caught.value.code == "former_key_file_unreadable", wrong
+
+
+def test_a_key_file_that_openssl_encrypted() -> None:
+    made = former.decrypted(OPENSSL, b"secret", "/k")
+    assert former.parsed(made, "/k") == {1: bytes(31) + b"\7"}
+    for content, password in ((OPENSSL, b"secreu"), (OPENSSL[:-1], b"secret")):
+        with pytest.raises(TdeError) as caught:
+            former.parsed(former.decrypted(content, password, "/k"), "/k")
+        assert caught.value.code == "former_key_file_unreadable"
+
+
+def test_what_keys_of_a_former_file_are_called() -> None:
+    assert former.names([1, 2, 5, 7], 5) == (Name(1, "system"), Name(2, "temporary"), Name(5, "default"), Name(7, "former.7"))
+    assert former.names([1, 5], 1) == (Name(1, "system"), Name(5, "former.5")), "key 1 is never that of a tablespace"
+    assert former.names([1, 5, 7], 7, [Name(5, "default")])[1:] == (Name(5, "default"), Name(7, "former.7")), "a name stays"
+    assert keyfile.first([]) == FIRST
+    assert keyfile.first([Name(1, "system"), Name(3, "former.3")]) == [Name(2, "temporary"), Name(4, "default")]
+    assert keyfile.first([*FIRST, Name(9, "default")]) == []
+
+
+def test_the_settings_of_a_server_keep_its_cipher_and_end_its_password() -> None:
+    text = conf.render("main", plan.include_wish(AFTER, [Name(1, "system"), Name(5, "default")])).decode()
+    for line in ("encryption_algorithm = AES_CBC", "filekey =", "filename = /run/k/keys"):
+        assert f"\nfile_key_management_{line}\n" in text
+    assert "\ninnodb_default_encryption_key_id = 5\n" in text
+    assert b"filekey" not in conf.render("main", plan.include_wish(OPTIONS, FIRST))
+
+
+def test_a_server_gets_our_keys_once_all_of_its_own_are_in_the_store() -> None:
+    keys = [Key("key.1.system", "a", ()), Key("key.5.default", "b", ())]
+    here = state(on_file("/theirs"), include=None, former=former.Lying("c", False))
+    assert actions(plan.delivery(AFTER, "main", here, keys))[:2] == ["write_key_file", "write_include"]
+    for options_, looked, there in (
+        (AFTER, here, keys[:1]),
+        (AFTER, dataclasses.replace(here, former=former.Lying("d", False)), keys),
+        (AFTER, dataclasses.replace(here, answer=on_file("/another")), keys),
+        (OPTIONS, here, keys),
+    ):
+        with pytest.raises(TdeError) as caught:
+            plan.delivery(options_, "main", looked, there)
+        assert caught.value.code == "encryption_foreign"
+
+
+def test_the_former_file_goes_when_the_server_works_with_ours() -> None:
+    lying = former.Lying("c", False)
+    assert plan.removal(AFTER, state(on_file("/theirs"), former=lying)) == []
+    assert plan.removal(AFTER, state(former=None)) == []
+    assert plan.removal(AFTER, state(answer=None, former=lying)) == []
+    assert actions(plan.removal(AFTER, state(former=lying))) == ["remove_former_key_file"]
+    for wrong in (former.Lying("d", False), former.Lying("", False, "belongs to user id 7")):
+        with pytest.raises(TdeError) as caught:
+            plan.removal(AFTER, state(former=wrong))
+        assert caught.value.code == "file_foreign"
+
+
+def test_a_store_with_another_key_of_the_number_takes_none() -> None:
+    taken = former.Taken(TAKEN, {"key.1.system": Secret(KEY)})
+    former.check_store(taken, {"key.1.system": check_value(KEY), "key.2.temporary": "x"})
+    with pytest.raises(TdeError) as caught:
+        former.check_store(taken, {"key.1.system": "other"})
+    assert caught.value.code == "encryption_foreign"
+
+
+def test_the_record_tells_the_former_file() -> None:
+    again = options.complete("main", {}, json.loads(json.dumps(AFTER.given)), socket=None, user=None)
+    assert again.former == TAKEN
+    assert "former" not in OPTIONS.given
+    assert "former_key_file" not in AFTER.given, "it is no wish for later tasks"
+
+
 # --- tables
 
 
@@ -246,7 +351,6 @@ def test_headers_of_logs() -> None:
 
 SIZE = 16384
 IV = bytes(range(16))
-KEY = b"k" * 32
 
 
 def first_page(key: int | None) -> bytes:
@@ -256,8 +360,8 @@ def first_page(key: int | None) -> bytes:
     return page + bytes(SIZE - len(page))
 
 
-def index_page(number: int, key: bytes | None) -> bytes:
-    """An index page, in the clear or encrypted as the server does it."""
+def index_page(number: int, key: bytes | None, algorithm: str = "AES_CTR") -> bytes:
+    """An index page, in the clear or encrypted as the server does it; of AES_CBC without what comes after the last whole block."""
     version = b"\0\0\0\1" if key else bytes(4)
     head = version + struct.pack(">I", number) + bytes(8) + struct.pack(">Q", 77) + struct.pack(">H", 17855)
     body = bytes(73) + b"infimum\0" + b"rows" * 10
@@ -265,7 +369,8 @@ def index_page(number: int, key: bytes | None) -> bytes:
     if key:
         ecb = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305 - as the server derives it
         counter = struct.pack("<IIQ", 9, number, 77)
-        body = Cipher(algorithms.AES(ecb.update(IV)), modes.CTR(counter)).encryptor().update(body)
+        mode = modes.CTR(counter) if algorithm == "AES_CTR" else modes.CBC(counter)
+        body = Cipher(algorithms.AES(ecb.update(IV)), mode).encryptor().update(body).ljust(len(body), b"t")
     return head + body + b"crcs"
 
 
@@ -287,6 +392,15 @@ def test_pages(content: list[bytes], expected: dict[str, int], tmp_path: Path) -
     counts, dummy = pages.examine(str(path), {3: KEY}, random.Random(1))
     seen = {name: getattr(counts, name) for name in ("opened", "plain", "shut", "sealed", "zero", "unreadable")}
     assert {name: count for name, count in seen.items() if count} == expected
+
+
+@pytest.mark.parametrize("algorithm", ["AES_CTR", "AES_CBC"])
+def test_pages_open_with_the_cipher_of_their_server_only(algorithm: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.ibd"
+    path.write_bytes(first_page(3) + index_page(1, KEY, algorithm))
+    for other in ("AES_CTR", "AES_CBC"):
+        counts, dummy = pages.examine(str(path), {3: KEY}, random.Random(1), other)
+        assert (counts.opened, counts.shut) == ((1, 0) if other == algorithm else (0, 1))
 
 
 @given(st.binary(max_size=200))
@@ -314,7 +428,7 @@ def test_the_process_by_its_working_directory(tmp_path: Path) -> None:
 def facts(**server: t.Any) -> dict[str, t.Any]:
     said = {
         "address": "/s", "answers": True, "problem": None, "restart_required": [], "replicas_attached": 0, "redo_log": "encrypted",
-        "binary_logs": {"/b.1": "encrypted"}, "tables_of_other_engines": [],
+        "binary_logs": {"/b.1": "encrypted"}, "tables_of_other_engines": [], "former_key_file": None,
         "settings": {**dict.fromkeys(gaps.SETTINGS, "ON"), "secure_file_priv": "/x"}, **server,
     }  # fmt: skip
     space = {"name": "shop/a", "encryption": "ours"}
@@ -338,6 +452,11 @@ def test_what_is_in_the_clear_is_said() -> None:
             "encrypt_binlog is off",
         ),
         ({"settings": dict.fromkeys(gaps.SETTINGS, "ON")}, "LOAD DATA INFILE"),
+        (
+            {"former_key_file": {"path": "/k", "there": True, "encrypted": False, "keys_in_use": []}},
+            "/k lies there, in the clear",
+        ),
+        ({"former_key_file": {"path": "/k", "there": False, "encrypted": False, "keys_in_use": [1, 5]}}, "Keys 1, 5 come from"),
     ):
         new = [sentence for sentence in gaps.sentences(facts(**more)) if sentence not in well]
         assert len(new) == 1, new

@@ -10,15 +10,15 @@ import typing as t
 
 from ...common.check import established
 from ...common.errors import TdeError
-from ...common.files import make_private_directory, remove_leftovers_of, write_atomic
+from ...common.files import make_private_directory, os_error, remove_leftovers_of, trusted_directory, write_atomic
 from ...common.journal import Journal
 from ...common.plan import Handlers, Step
 from .. import bootpin, memory
 from .. import record as records
 from ..base import Request
 from ..keyring import Keyring
-from . import keyfile, look, sql
-from .options import Options
+from . import former, keyfile, look, sql
+from .options import Former, Options
 
 #: Tries to have a table's lock, and the pause after the first, doubled after each.
 _TRIES, _PAUSE_SECONDS = 6, 0.5
@@ -50,6 +50,7 @@ class Acts:
             "mount_key_directory": lambda step: memory.mount(self.options.key_directory, self.options.os_user),
             "write_key_file": lambda step: self._write_key_file(),
             "write_include": self._write_include,
+            "remove_former_key_file": self._remove_former,
             "close_key_directory": lambda step: self._close(),
             "set_variable": self._set_variable,
             "encrypt_table": self._encrypt_table,
@@ -85,6 +86,25 @@ class Acts:
         for name in names:
             if known.get(name.number) != keys[name.number].check_value:
                 self._note("give_key", f"key {name.number} of the server", name.key_id, keys[name.number].check_value)
+
+    def _remove_former(self, step: Step) -> None:
+        """Remove it once a credential has opened every one of its keys in the store, and it still is what was taken."""
+        path, ring = step.data["path"], self.keyring
+        ring.unlock(step.data["keys"])
+        lying = former.lying(self.options)
+        if lying is None or not self.options.former or lying.check != self.options.former.check:
+            raise TdeError("file_foreign", "was changed since its keys were taken", obj=path, kept="It was not removed.")
+        with trusted_directory(os.path.dirname(path), former.owners(self.options)) as folder:
+            try:
+                os.unlink(os.path.basename(path), dir_fd=folder)
+                os.fsync(folder)
+            except OSError as exc:
+                raise os_error(exc, path) from None
+        self.journal.append("remove_former_key_file", path, cluster=self.request.cluster, keys=step.data["keys"], path=path)
+
+    def note_taken(self, taken: Former) -> None:
+        """Say in the journal where keys came from."""
+        self.journal.append("take_key_file", taken.path, cluster=self.request.cluster, keys=list(taken.keys), path=taken.path)
 
     def _close(self) -> None:
         path = self.options.key_directory

@@ -21,7 +21,6 @@ _AT_START = {
     "encrypt_binlog": "ON",
     "encrypt_tmp_files": "ON",
     "innodb_encrypt_temporary_tables": "ON",
-    "file_key_management_encryption_algorithm": "AES_CTR",
 }
 
 
@@ -29,17 +28,24 @@ class Wish(t.NamedTuple):
     """What the server is to do.
 
     :param tables: ``on`` or ``force``; :param threads: that encrypt in the background; :param default: key of new tables.
+    :param algorithm: of pages; :param former: it was encrypted with another key file before.
     """
 
     key_file: str
     tables: str
     threads: int
     default: int
+    algorithm: str = "AES_CTR"
+    former: bool = False
 
     @property
     def at_start(self) -> dict[str, str]:
         """Variables that need a restart."""
-        return {**_AT_START, "file_key_management_filename": self.key_file}
+        return {
+            **_AT_START,
+            "file_key_management_encryption_algorithm": self.algorithm,
+            "file_key_management_filename": self.key_file,
+        }
 
     @property
     def dynamic(self) -> dict[str, str]:
@@ -63,6 +69,11 @@ def render(cluster: str, wish: Wish) -> bytes:
         f"{PLUGIN} = FORCE_PLUS_PERMANENT",
         *(f"{name} = {value}" for name, value in {**wish.at_start, **wish.dynamic}.items()),
     ]
+    if wish.former:
+        lines += [
+            "# Of the former key file, which was encrypted under a password or not; this one is not.",
+            f"{PLUGIN}_filekey =",
+        ]
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -86,6 +86,8 @@ class MariaDb(Engine):
         if state:
             shown["key_directory"] = "mounted" if state.mounted else "absent"
             shown["keys_in_memory"] = sorted(state.keys.checks) if state.keys else []
+            if state.former:
+                shown["former_key_file"] = self.options.former.path if self.options.former else None
             shown["include"] = state.include.decode("utf-8", "replace") if state.include is not None else None
         return shown
 
@@ -100,7 +102,7 @@ class MariaDb(Engine):
         def run(steps: Plan) -> Plan:
             steps = [step for step in steps if step.action in first] or steps
             ring.ready(steps)
-            if any(step.action == "write_key_file" for step in steps):
+            if any(step.action in ("write_key_file", "remove_former_key_file") for step in steps):
                 # A credential that opens nothing is told before the first step.
                 ring.unlock([key.key_id for key in ring.keys])
             plans.run(steps, {**ring.handlers(), **acts.handlers()})
@@ -154,6 +156,8 @@ def _expected(before: Facts, steps: Plan) -> Facts:
             after["key_directory"] = "mounted"
         elif step.action == "close_key_directory":
             after["key_directory"] = "absent"
+        elif step.action == "remove_former_key_file":
+            after.pop("former_key_file", None)
         elif step.action == "write_include":
             after["include"] = data["text"]
         elif step.action == "write_key_file":

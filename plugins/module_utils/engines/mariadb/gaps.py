@@ -84,6 +84,25 @@ def _server(facts: Facts) -> t.Iterator[str]:
     yield from _access(server)
     if facts["managed"]:
         yield from LIMITS
+    yield from _former(server["former_key_file"])
+
+
+def _former(file: Facts | None) -> t.Iterator[str]:
+    """What the key file from before ours leaves behind."""
+    if file is None:
+        return
+    if file["there"]:
+        how = "encrypted under a password that the server's settings tell" if file["encrypted"] else "in the clear"
+        yield (
+            f"The former key file {file['path']} lies there, {how}, with keys that still encrypt the server's files: remove it "
+            "(former_key_file=remove) when nothing needs it any more; the store keeps its keys for backups."
+        )
+    if file["keys_in_use"]:
+        numbers = ", ".join(map(str, file["keys_in_use"]))
+        yield (
+            f"Keys {numbers} come from the former key file {file['path']}: whoever has a copy of it reads what they encrypt, until the "
+            "tables are under new keys (reencrypt). Key 1 cannot be replaced."
+        )
 
 
 def _settings(server: Facts) -> t.Iterator[str]:

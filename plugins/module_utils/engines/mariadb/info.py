@@ -108,6 +108,7 @@ def _server(engine: MariaDb, state: look.State | None, names: t.Sequence[keyfile
         "settings": {name: answer.variables[name] for name in told if name in answer.variables} if answer else {},
         "keystore_open": bool(state and state.keys),
         "restart_required": reasons,
+        "former_key_file": _former(engine, state),
         "redo_log": _head(os.path.join(answer.data_directory, "ib_logfile0"), logs.redo_encrypted) if answer else None,
         "binary_logs": {path: _head(path, logs.binlog_encrypted) for path in answer.logs} if answer else {},
         "tables_of_other_engines": [
@@ -115,6 +116,22 @@ def _server(engine: MariaDb, state: look.State | None, names: t.Sequence[keyfile
         ]
         if answer
         else [],
+    }
+
+
+def _former(engine: MariaDb, state: look.State | None) -> Facts | None:
+    """The key file from before ours."""
+    taken = engine.options.former
+    if taken is None:
+        return None
+    lying = state.former if state else None
+    numbers = {name.number for key_id in taken.keys for name in [keyfile.parse_name(key_id)] if name}
+    used = {space.key for space in state.answer.spaces if space.encrypted} if state and state.answer else numbers
+    return {
+        "path": taken.path,
+        "there": lying is not None,
+        "encrypted": bool(lying and lying.encrypted),
+        "keys_in_use": sorted(numbers & used),
     }
 
 

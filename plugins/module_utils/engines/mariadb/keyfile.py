@@ -69,6 +69,17 @@ def names(key_ids: t.Iterable[str]) -> list[Name]:
     return [found[number] for number in sorted(found)]
 
 
+def first(there: t.Sequence[Name]) -> list[Name]:
+    """The keys that a keystore is made with, as far as it has none for their purpose; one whose number is taken gets the next."""
+    taken = {name.number for name in there}
+    has = {name.tablespace for name in there}
+    return [
+        Name(number if number not in taken else max(*taken, max(FIRST)) + 1, tablespace)
+        for number, tablespace in FIRST.items()
+        if tablespace not in has
+    ]
+
+
 def current(keys: t.Iterable[Name]) -> dict[str, int]:
     """The number of each tablespace's current key."""
     found: dict[str, int] = {}

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing as t
 
 from ...common.errors import TdeError
 from ...common.plan import Plan, Step
@@ -13,13 +14,12 @@ from .. import record as records
 from ..base import KeystoreWish, Outcome
 from ..keyfacts import kek_words, key_facts
 from ..keyring import Keyring, default_wish
+from ..keyslots import Wanted
 from ..rounds import Decision
-from . import keyfile, look, plan
+from . import former, keyfile, look, plan
 from .act import Acts
 from .engine import Facts, MariaDb, reached
-
-#: The tablespaces' keys that a keystore is made with.
-_FIRST = [keyfile.Name(number, tablespace) for number, tablespace in keyfile.FIRST.items()]
+from .options import REFUSE, REMOVE, Former, Options
 
 
 class Keystore:
@@ -32,7 +32,13 @@ class Keystore:
         self.engine = engine
         self.wish = wish
         self.check = check
-        self.options = engine.options
+        self.taken: former.Taken | None = None
+        self.store = former.TakingStore(engine.request.state, engine.request.cluster)
+
+    @property
+    def options(self) -> Options:
+        """The engine's, which the taking of a former key file changes."""
+        return self.engine.options
 
     def outcome(self) -> Outcome:
         """Carry the wish out."""
@@ -45,6 +51,7 @@ class Keystore:
         self.options.account()
         wishes = wish.slots if wish.slots is not None else [default_wish(engine.request)]
         ring = engine.keyring(wishes, self.check)
+        ring.store = self.store
         acts = Acts(engine.request, self.options, ring)
         ring.log_in(ring.wanted())
         state: look.State | None = None
@@ -55,6 +62,7 @@ class Keystore:
             ring.look()
             state = engine.state()
             acts.access = state.access
+            self._take(ring, state)
             update = wish.slots is not None and wish.update
             if update:
                 ring.probe(ring.keys)
@@ -67,7 +75,7 @@ class Keystore:
             if update:
                 later = keyslots.change(ring.keys, wanted, exclusive=wish.exclusive, no_recovery=wish.no_recovery)
             names = ", ".join(one.name for one in wanted)
-            later += plan.data_keys(_FIRST, ring.keys, wanted, no_recovery=wish.no_recovery, why=f"under keyslots {names}")
+            later += self._data_keys(ring, wanted, f"under keyslots {names}")
             source = wish.pin_source if wish.pin_source is not None else engine.record.pin_source if engine.record else {}
             later = bootpin.before_removals(later, bootpin.pin_steps(ring, source))
             steps += keyslots.master_keys(ring.keys, ring.keks, wanted, later) + later
@@ -75,6 +83,8 @@ class Keystore:
             return Decision(steps, restart=restart), engine.facts(ring, state)
 
         outcome = engine.rounds(decide, ring, acts, check=self.check)
+        if self.taken and not self.check and any(step.action == "create_data_key" for step in outcome.plan):
+            acts.note_taken(self.taken.former)
         ring.look()
         running = state is not None and (state.process is not None or state.answer is not None)
         outcome.facts.update(
@@ -85,6 +95,38 @@ class Keystore:
             }
         )
         return outcome
+
+    def _take(self, ring: Keyring, state: look.State) -> None:
+        """Read the key file of a server that is encrypted already; a server that is not to be taken is refused before keys are made."""
+        engine = self.engine
+        missing = engine.options.former and not {*engine.options.former.keys} <= {key.key_id for key in ring.keys}
+        if state.answer is None and (missing or (engine.options.former_key_file != REFUSE and not ring.keys)):
+            # What it is encrypted with is not known: keys made now could never become its own.
+            raise state.error or TdeError("server_down", "does not answer", obj="MariaDB")
+        taken = former.begin(engine.options, state.access, state.answer)
+        if taken:
+            former.check_store(taken, {key.key_id: key.check_value for key in ring.keys})
+            engine.options = dataclasses.replace(engine.options, former=taken.former)
+            self.store.taken = taken.keys
+            self.taken = taken
+        elif missing:
+            raise former.lost(t.cast("Former", engine.options.former))
+        if state.include is None and state.answer is not None:
+            plan.check_ours(engine.options, state.answer)
+
+    def _data_keys(self, ring: Keyring, wanted: t.Sequence[Wanted], why: str) -> Plan:
+        """The steps that make what the store lacks: the keys of a former key file, then those of our own."""
+        recovery = self.wish.no_recovery
+        taken = [
+            name for key_id in (self.options.former.keys if self.options.former else ()) if (name := keyfile.parse_name(key_id))
+        ]
+        there = [name for key in ring.keys if (name := keyfile.parse_name(key.key_id))]
+        steps = []
+        if self.options.former:
+            path = self.options.former.path
+            steps = plan.data_keys(taken, ring.keys, wanted, no_recovery=recovery, why=f"as it is in {path}, {why}")
+        new = keyfile.first(sorted({*taken, *there}))
+        return steps + plan.data_keys(new, ring.keys, wanted, no_recovery=recovery, why=why)
 
     def _record_step(self, ring: Keyring, state: look.State) -> Plan:
         engine = self.engine
@@ -124,6 +166,8 @@ class Keystore:
             names = keyfile.names(key.key_id for key in ring.keys)
             steps = plan.mount(self.options, state)
             steps += plan.delivery(self.options, engine.request.cluster, state, ring.keys)
+            if self.options.former_key_file == REMOVE:
+                steps += plan.removal(self.options, state)
             return Decision(steps, restart=plan.restart_reasons(self.options, state, names)), engine.facts(ring, state)
 
         return engine.rounds(decide, ring, acts, check=self.check)

@@ -13,7 +13,7 @@ from ...common.errors import TdeError
 from ...common.files import read_private
 from .. import memory
 from ..base import Connection
-from . import conf, keyfile, sql
+from . import conf, former, keyfile, sql
 from .options import Options
 
 #: Names of the server's program: since MariaDB 10.5, and before.
@@ -36,6 +36,7 @@ class State:
 
     :param mounted: the key directory is a ramfs; :param keys: its key file, None if there is none.
     :param include: the include file's content, None if there is none; :param include_age: seconds since it was written.
+    :param former: the key file from before ours, None if it is gone or there was none.
     :param answer: what the server says, or :param error: why it says nothing.
     """
 
@@ -48,6 +49,7 @@ class State:
     process: Process | None
     answer: sql.Server | None
     error: TdeError | None
+    former: former.Lying | None = None
 
     def has_loaded(self, number: int) -> bool:
         """Whether the running server knows a key: it uses it, or was started after the key came into the file."""
@@ -134,4 +136,5 @@ def look(connection: Connection, options: Options, *, ask: bool = True) -> State
         process=process(directory) if directory else None,
         answer=answer,
         error=error,
+        former=former.lying(options),
     )

@@ -13,6 +13,22 @@ from ..options import OfServer, absolute_path, with_recorded
 
 #: Where distributions read include files of the server from: Debian and Ubuntu; RedHat and SUSE.
 INCLUDES = ("/etc/mysql/mariadb.conf.d", "/etc/my.cnf.d")
+#: What becomes of the key file of a server that is encrypted already.
+REFUSE, TAKE, REMOVE = "refuse", "take", "remove"
+
+
+@dataclasses.dataclass(frozen=True)
+class Former:
+    """The key file that a server was encrypted with before ours.
+
+    :param algorithm: of the server's pages, which stays: the server would take them for corrupted.
+    :param check: tells its content, as it was taken, from another; :param keys: the data keys that were taken from it.
+    """
+
+    path: str
+    algorithm: str
+    check: str
+    keys: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +48,23 @@ class Options(OfServer):
     reencrypt: bool
     socket: str | None
     user: str | None
+    former_key_file: str = REFUSE
+    former: Former | None = None
 
     @property
     def given(self) -> dict[str, t.Any]:
         """What the record keeps."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "reencrypt"}
+        found = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("reencrypt", "former_key_file")}
+        if self.former is None:
+            del found["former"]
+        else:
+            found["former"]["keys"] = list(self.former.keys)
+        return found
+
+    @property
+    def algorithm(self) -> str:
+        """The cipher of the server's pages."""
+        return self.former.algorithm if self.former else "AES_CTR"
 
     @property
     def key_file(self) -> str:
@@ -77,4 +105,12 @@ def complete(
         reencrypt=bool(given.get("reencrypt")),
         socket=socket or recorded.get("socket"),
         user=user or recorded.get("user"),
+        former_key_file=given.get("former_key_file") or REFUSE,
+        former=_former(recorded.get("former")),
     )
+
+
+def _former(recorded: t.Mapping[str, t.Any] | None) -> Former | None:
+    if not recorded:
+        return None
+    return Former(recorded["path"], recorded["algorithm"], recorded["check"], tuple(recorded["keys"]))

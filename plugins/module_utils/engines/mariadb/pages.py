@@ -106,17 +106,18 @@ def derived(key: bytes, iv: bytes) -> bytes:
     return encryptor.update(iv) + encryptor.finalize()
 
 
-def opened(page: bytes, form: Layout, key: bytes, space: bytes) -> bytes:
-    """A page decrypted: AES-CTR with a counter of tablespace, page number and log sequence number, each little-endian.
+def opened(page: bytes, form: Layout, key: bytes, space: bytes, algorithm: str = "AES_CTR") -> bytes:
+    """A page decrypted: the counter, or with AES_CBC the iv, is of tablespace, page number and log sequence number, each little-endian.
 
     :param key: as :func:`derived` gives it; :param space: the tablespace's number as the first page has it.
+    :returns: with AES_CBC without what comes after the last whole block.
     """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     head, end = (26, 4) if form.full_crc32 else (38, 8)
     counter = space[::-1] + page[4:8][::-1] + page[16:24][::-1]
-    decryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).decryptor()
-    return page[:head] + decryptor.update(page[head:-end]) + page[-end:]
+    mode = modes.CTR(counter) if algorithm == "AES_CTR" else modes.CBC(counter)
+    return page[:head] + Cipher(algorithms.AES(key), mode).decryptor().update(page[head:-end]) + page[-end:]
 
 
 def shows_infimum(page: bytes) -> bool:
@@ -124,10 +125,12 @@ def shows_infimum(page: bytes) -> bool:
     return any(page[place : place + len(_INFIMUM)] == _INFIMUM for place in _PLACES)
 
 
-def examine(path: str, keys: t.Mapping[int, bytes], rng: random.Random) -> tuple[Counts, Crypt | None]:
+def examine(
+    path: str, keys: t.Mapping[int, bytes], rng: random.Random, algorithm: str = "AES_CTR"
+) -> tuple[Counts, Crypt | None]:
     """Look at a file's pages.
 
-    :param keys: the keys of the key file by number.
+    :param keys: the keys of the key file by number; :param algorithm: the server's.
     :returns: what was seen, and what its first page says of its encryption.
     :raises OSError: the file cannot be read.
     """
@@ -150,15 +153,15 @@ def examine(path: str, keys: t.Mapping[int, bytes], rng: random.Random) -> tuple
             for _try in range(2):
                 handle.seek(number * form.size)
                 page = handle.read(form.size)
-                if len(page) < form.size or _count(Counts(), page, form, key, first[34:38]) != "shut":
+                if len(page) < form.size or _count(Counts(), page, form, key, first[34:38], algorithm) != "shut":
                     break
             if len(page) == form.size:
                 counts.bytes_read += form.size
-                _count(counts, page, form, key, first[34:38])
+                _count(counts, page, form, key, first[34:38], algorithm)
     return counts, found
 
 
-def _count(counts: Counts, page: bytes, form: Layout, key: bytes | None, space: bytes) -> str:
+def _count(counts: Counts, page: bytes, form: Layout, key: bytes | None, space: bytes, algorithm: str) -> str:
     """Judge a page; :returns: the name of what was counted."""
     if not page.strip(b"\0"):
         kind = "zero"
@@ -175,7 +178,11 @@ def _count(counts: Counts, page: bytes, form: Layout, key: bytes | None, space: 
         elif index not in _INDEXES:
             kind = "sealed"
         else:
-            kind = "opened" if key and not shows_infimum(page) and shows_infimum(opened(page, form, key, space)) else "shut"
+            kind = (
+                "opened"
+                if key and not shows_infimum(page) and shows_infimum(opened(page, form, key, space, algorithm))
+                else "shut"
+            )
     if kind:
         setattr(counts, kind, getattr(counts, kind) + 1)
     return kind

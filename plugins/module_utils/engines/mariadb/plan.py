@@ -14,7 +14,7 @@ from ...common.errors import TdeError
 from ...common.plan import Plan, Step
 from ..base import MoveWish, TablespaceWish
 from ..keyslots import Key, Wanted, demand_recovery
-from . import conf, keyfile, sql
+from . import conf, former, keyfile, sql
 from .keyfile import DEFAULT, FIRST, Name
 from .look import State
 from .options import Options
@@ -45,7 +45,14 @@ def data_keys(
 def include_wish(options: Options, keys: t.Iterable[Name]) -> conf.Wish:
     """What the server is to do, with the keys that the store has."""
     default = keyfile.current(keys).get(DEFAULT, max(FIRST))
-    return conf.Wish(options.key_file, "force" if options.refuse_plain_tables else "on", options.encryption_threads, default)
+    return conf.Wish(
+        options.key_file,
+        "force" if options.refuse_plain_tables else "on",
+        options.encryption_threads,
+        default,
+        options.algorithm,
+        options.former is not None,
+    )
 
 
 def mount(options: Options, state: State) -> Plan:
@@ -66,6 +73,8 @@ def delivery(options: Options, cluster: str, state: State, keys: t.Sequence[Key]
     plan: Plan = []
     names = keyfile.names([*(key.key_id for key in keys), *(name.key_id for name in coming)])
     wished = {name.number: key.check_value for key in keys for name in [keyfile.parse_name(key.key_id)] if name}
+    if options.former and former.works_with(state.answer) == options.former.path:
+        former.check_taken(options.former, state.former, {key.key_id for key in keys})
     if coming or state.keys is None or state.keys.checks != wished:
         numbers = ", ".join(str(name.number) for name in names)
         plan.append(Step("write_key_file", options.key_file, f"keys {numbers}, in memory only", {"path": options.key_file}))
@@ -116,13 +125,14 @@ def check_ours(options: Options, answer: sql.Server) -> None:
     :raises TdeError: ``encryption_foreign``, ``engine_unsupported``.
     """
     others = [name for name in answer.plugins if name != conf.PLUGIN]
-    file = answer.variables.get("file_key_management_filename", "")
-    if others or (answer.plugins and file != options.key_file):
+    file = former.works_with(answer)
+    if others or file not in (None, options.key_file, options.former.path if options.former else None):
+        way = "Have its keys taken into the store (former_key_file=take), or take" if not others else "Take"
         raise TdeError(
             "encryption_foreign",
             f"encrypts with {others[0] if others else f'the key file {file}'}",
             obj="the server",
-            next_step="Take its encryption back first (innodb_encrypt_tables=OFF, and wait until every table is plain), or leave it to its keys.",
+            next_step=f"{way} its encryption back first (innodb_encrypt_tables=OFF, and wait until every table is plain), or leave it to its keys.",
         )
     if answer.variables.get("wsrep_on", "OFF").upper() == "ON":
         raise TdeError(
@@ -130,6 +140,25 @@ def check_ours(options: Options, answer: sql.Server) -> None:
             "Galera copies tables between nodes in ways that this engine does not guard.",
             obj="engine mariadb",
         )
+
+
+def removal(options: Options, state: State) -> Plan:
+    """The step that removes the former key file, once the server works with ours.
+
+    :raises TdeError: ``file_foreign``: it is not what was taken.
+    """
+    if options.former is None or state.former is None or former.works_with(state.answer) != options.key_file:
+        return []
+    if state.former.check != options.former.check:
+        raise TdeError(
+            "file_foreign",
+            state.former.problem or "was changed since its keys were taken",
+            obj=options.former.path,
+            kept="It was not removed.",
+            next_step="Find out what it is, and remove it yourself.",
+        )
+    data = {"path": options.former.path, "keys": list(options.former.keys)}
+    return [Step("remove_former_key_file", options.former.path, "asked for; its keys are in the store", data)]
 
 
 def restart_reasons(options: Options, state: State, names: t.Sequence[Name]) -> list[str]:

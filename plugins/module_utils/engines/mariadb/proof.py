@@ -59,7 +59,7 @@ class Proof:
         counts, read, doubts, seen, notes = pages.Counts(), 0, [], [], []
         for path in files:
             try:
-                found, crypt = pages.examine(path, self.keys, self.rng)
+                found, crypt = pages.examine(path, self.keys, self.rng, self.engine.options.algorithm)
             except OSError as exc:
                 doubts.append(f"{path}: {os_error(exc, path).message}.")
                 continue

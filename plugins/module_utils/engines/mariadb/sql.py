@@ -277,7 +277,9 @@ class Server:
 
 _VARIABLES = (
     "SELECT LOWER(variable_name), COALESCE(global_value, '') FROM information_schema.system_variables"
-    " WHERE variable_name LIKE '%encrypt%' OR variable_name LIKE 'file_key_management%' OR variable_name IN"
+    " WHERE variable_name LIKE '%encrypt%' OR (variable_name LIKE 'file_key_management%' AND"
+    # It may be a password.
+    " variable_name <> 'file_key_management_filekey') OR variable_name IN"
     " ('log_bin', 'log_bin_basename', 'wsrep_on', 'secure_file_priv', 'read_only', 'general_log', 'slow_query_log',"
     " 'innodb_checksum_algorithm', 'have_ssl', 'require_secure_transport', 'innodb_undo_tablespaces', 'relay_log_basename')"
 )
@@ -338,6 +340,11 @@ def inspect(connection: pymysql.connections.Connection[t.Any]) -> Server:
         replicas=int(replicas[0][0]),
         logs=logs,
     )
+
+
+def file_key(connection: pymysql.connections.Connection[t.Any]) -> str:
+    """What opens the server's key file: a password, or ``FILE:`` and the path of one."""
+    return str(query(connection, "SELECT @@file_key_management_filekey")[0][0])
 
 
 def set_variable(connection: pymysql.connections.Connection[t.Any], name: str, value: str) -> None:
