@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11 import copies, keylist, make
-from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keys import check_value, find
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keys import check_value, find, handle_of
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.keyspec import KeySpec, Wish
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import open_session
 from ansible_collections.hsm.tde.tests.integration import killing
@@ -121,6 +121,23 @@ def test_a_power_cut_while_one_key_is_destroyed_leaves_the_others(opencryptoki: 
     assert keys.apply(gone) == ["destroy_key"]
     assert keys.values() == {"a": [], "b": keys.kcvs["b"]}
     assert not keys.file.exists()
+
+
+def test_a_power_cut_while_a_new_key_is_taken_away_again_leaves_the_others(
+    opencryptoki: OpenCryptoki, state: StateDirectory
+) -> None:
+    """As at an import of which the token refused the second half."""
+    keys = Keys(opencryptoki, state)
+
+    def take_away() -> None:
+        with open_session(keys.token.access(), keys.state, rw=True) as session:
+            make._destroy_all(session, [handle_of(session, info) for info in find(session, "a")])
+
+    keys.power_cut(take_away, "TOK_OBJ/OBJ.IDX")
+    assert keys.values()["b"] == keys.kcvs["b"]
+    assert keys.token.run(take_away) is None
+    assert keys.values() == {"a": [], "b": keys.kcvs["b"]}
+    assert not list(keys.folder.rglob("objects.copy*"))
 
 
 def test_a_power_cut_while_somebody_logs_in(opencryptoki: OpenCryptoki, state: StateDirectory) -> None:

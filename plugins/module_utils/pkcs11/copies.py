@@ -69,6 +69,10 @@ _SOFTHSM_OBJECT = re.compile(r"(?!token\.)[^/]+\.object")
 _OPENCRYPTOKI_OBJECT = re.compile(r"[0-9A-Za-z]{8}")
 
 
+#: Folders of which this process keeps copies at present.
+_KEPT: set[str] = set()
+
+
 def rewriting(path: str) -> frozenset[str]:
     """The acts of a plan on keys in which a library rewrites what it already has; none for one that has no files here."""
     if softhsm.is_softhsm(path):
@@ -92,7 +96,7 @@ def keep(path: str) -> None:
 
 @contextlib.contextmanager
 def objects_kept(path: str) -> t.Iterator[None]:
-    """Keep copies of all objects while some are changed or destroyed.
+    """Keep copies of all objects while some are changed or destroyed; within another such act, that one's do.
 
     All, because a token does not tell which file an object has.
 
@@ -101,7 +105,10 @@ def objects_kept(path: str) -> t.Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for store in _stores(path):
-            stack.enter_context(_objects_kept(store))
+            if store.folder not in _KEPT:
+                stack.enter_context(_objects_kept(store))
+                _KEPT.add(store.folder)
+                stack.callback(_KEPT.discard, store.folder)
         yield
 
 

@@ -10,6 +10,7 @@ import hmac
 import typing as t
 
 from ..common.errors import TdeError
+from . import copies
 from .attributes import CURVES, USAGE_OF
 from .errors import translated
 from .keys import KeyInfo, aes_block, find, handle_of, reread
@@ -87,7 +88,7 @@ def import_key(session: Session, spec: KeySpec) -> KeyInfo:
             for template in templates:
                 made.append(session.raw.create_object(template))
         except Exception:
-            _destroy_all(made)
+            _destroy_all(session, made)
             raise
     return _guard(session, made, spec)
 
@@ -313,15 +314,15 @@ def _guard(session: Session, made: list[t.Any], spec: KeySpec) -> KeyInfo:
         found = [info for info in find(session, spec.label, id=spec.new_id(), cls=spec.cls) if info.handle == made[0].handle]
         faults = ["is not listed"] if not found else _faults(found[0], spec)
     except BaseException:
-        _destroy_all(made)
+        _destroy_all(session, made)
         raise
     if faults:
-        _destroy_all(made)
+        gone = _destroy_all(session, made)
         raise TdeError(
             "key_not_protected",
             f"the token made a key that {', '.join(faults)}",
             obj=f"key {spec.label!r}",
-            kept="The key was destroyed again.",
+            kept="The key was destroyed again." if gone else "The key is still there, for the token did not destroy it.",
             next_step="This token, or its policy, does not protect such keys: use another.",
         )
     return found[0]
@@ -340,8 +341,17 @@ def _faults(info: KeyInfo, spec: KeySpec) -> list[str]:
     ]
 
 
-def _destroy_all(made: t.Iterable[t.Any]) -> None:
-    for key in made:
-        # What was raised before says what is the matter.
-        with contextlib.suppress(Exception):
+def _destroy_all(session: Session, made: t.Iterable[t.Any]) -> bool:
+    """Take new keys away again; what was raised before says what is the matter.
+
+    :returns: whether they are gone.
+    """
+    path = session.library.path
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(Exception))
+        if "destroy_key" in copies.rewriting(path):
+            stack.enter_context(copies.objects_kept(path))
+        for key in made:
             key.destroy()
+        return True
+    return False
