@@ -125,6 +125,10 @@ def each(
     return code
 
 
+#: As the boot asks for it.
+_OPEN = KeystoreWish("open", boot=True)
+
+
 def open_command(arguments: argparse.Namespace, output: Output) -> int:
     """Run ``open``."""
     stated = credentials.given(arguments)
@@ -150,11 +154,11 @@ def open_cluster(state: StateDirectory, cluster: str, stated: credentials.Given)
     :returns: ``changed`` and the ``plan``.
     """
     record = read_record(state, cluster)
-    planned = isolated(lambda: _keystore(state, record, KeystoreWish("open"), check=True))
+    planned = isolated(lambda: _keystore(state, record, _OPEN, check=True))
     if not planned["changed"]:
         return t.cast(Facts, planned)
     tries = tries_of(state, record, stated)
-    return t.cast(Facts, try_each(tries, lambda one: _keystore(state, record, KeystoreWish("open"), check=False, credential=one)))
+    return t.cast(Facts, try_each(tries, lambda one: _keystore(state, record, _OPEN, check=False, credential=one)))
 
 
 def tries_of(
@@ -233,7 +237,7 @@ def status(state: StateDirectory, cluster: str) -> Facts:
         ``places``, ``keys`` with their ``keyslots``, ``pin_source``.
     """
     record = read_record(state, cluster)
-    planned = _keystore(state, record, KeystoreWish("open"), check=True)
+    planned = _keystore(state, record, _OPEN, check=True)
     return {
         "engine": record.engine,
         "open": not planned["changed"],

@@ -84,6 +84,7 @@ class KeystoreWish:
     :param exclusive: remove keyslots that are not listed.
     :param no_recovery: go without a second keyslot, on purpose.
     :param force: close although the server runs.
+    :param boot: open what the server's start waits for: one that does not ask for our keys yet must not be kept from its start.
     :param pin_source: ``{"kind": none|file|credential, "path": …}``, or None to leave what is recorded.
     """
 
@@ -93,6 +94,7 @@ class KeystoreWish:
     exclusive: bool = False
     no_recovery: bool = False
     force: bool = False
+    boot: bool = False
     pin_source: t.Mapping[str, t.Any] | None = None
 
 
