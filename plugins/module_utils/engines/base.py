@@ -193,6 +193,9 @@ class Outcome:
 #: What an engine may be asked for.
 CAPABILITIES = ("keystore", "open", "close", "keyslots", "rotate", "tablespaces", "move", "proof")
 
+#: Seconds in which ``hsm-tde@CLUSTER.service`` has opened a keystore whose server answers.
+_UNIT = 30.0
+
 
 class Engine(abc.ABC):
     """A database engine.
@@ -244,8 +247,11 @@ class Engine(abc.ABC):
         return self.record
 
     def locked(self, check: bool) -> contextlib.AbstractContextManager[None]:
-        """One run at a time; a look needs no lock and leaves nothing behind."""
-        return contextlib.nullcontext() if check else self.request.state.locked()
+        """One run at a time; a look needs no lock and leaves nothing behind.
+
+        Where a unit opens the keystore at each start of the database, a task that follows a restart waits for it.
+        """
+        return contextlib.nullcontext() if check else self.request.state.locked(_UNIT if self.opens_after_start else 0.0)
 
     def require(self, capability: str) -> None:
         """Refuse what the engine cannot do.
