@@ -106,8 +106,17 @@ class LinuxOne(fep.TokenHost):
 
     def __enter__(self) -> LinuxOne:
         super().__enter__()
-        # Bare: the daemon is for the page to start.
-        self.stop_daemon()
+        try:
+            # Bare: the daemon is for the page to start.
+            self.stop_daemon()
+            self._furnish()
+        except BaseException:
+            super().__exit__()
+            raise
+        return self
+
+    def _furnish(self) -> None:
+        """What the host has that this machine has not, and the folder ``play``."""
         upper = self.home / "upper"
         self._etc(upper / "etc")
         self._usr(upper / "usr")
@@ -117,10 +126,7 @@ class LinuxOne(fep.TokenHost):
         (self.home / "fep").mkdir()
         (self.home / "sys").mkdir()
         (self.home / "comm").write_text("sh\n")
-        mounts = [
-            ["-t", "overlay", "overlay", f"/{name}", "-o", f"lowerdir=/{name},upperdir={upper / name},workdir={self._work(name)}"]
-            for name in ("etc", "usr", "opt", "var/lib")
-        ]
+        mounts = [mount for name in ("etc", "usr", "opt", "var/lib") for mount in self._layer(name)]
         mounts += [
             ["--bind", f"{self.opencryptoki.home}/var", "/var/lib/opencryptoki"],
             # No layer: a proof reads blocks.
@@ -147,7 +153,6 @@ class LinuxOne(fep.TokenHost):
                 "vault-password": "of the vault\n",
             }
         )
-        return self
 
     def __exit__(self, *exc: object) -> None:
         if (self.home / "fep/data/postmaster.pid").exists():
@@ -157,10 +162,21 @@ class LinuxOne(fep.TokenHost):
             os.kill(pid, signal.SIGKILL)
         super().__exit__(*exc)
 
-    def _work(self, name: str) -> Path:
-        work = self.home / "work" / name
-        work.mkdir(parents=True)
-        return work
+    def _layer(self, name: str) -> list[list[str]]:
+        """The mounts that put a layer over a folder; what is mounted below it stays."""
+        layer = ",".join(f"{kind}={place}" for kind, place in (("lowerdir", f"/{name}"), ("upperdir", self._at("upper", name))))
+        mounts = [["-t", "overlay", "overlay", f"/{name}", "-o", f"{layer},workdir={self._at('work', name)}"]]
+        points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        for number, point in enumerate(point for point in points if point.startswith(f"/{name}/") and os.path.isdir(point)):
+            kept = str(self._at("kept", f"{name}/{number}"))
+            mounts = [["--bind", point, kept], *mounts, ["--bind", kept, point]]
+        return mounts
+
+    def _at(self, *names: str) -> Path:
+        """A folder of the host's own, made if it is missing."""
+        folder = self.home.joinpath(*names)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @staticmethod
     def _etc(etc: Path) -> None:
