@@ -4,15 +4,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import time
 import typing as t
+from pathlib import Path
 
 import pytest
-from ansible_collections.hsm.tde.tests.integration import postgres, support
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import KmipAccess, kmip_access
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
+from ansible_collections.hsm.tde.tests.integration import postgres, refusals, support
+from ansible_collections.hsm.tde.tests.integration.keycommand import cheap_passphrases
+from ansible_collections.hsm.tde.tests.integration.kmip import Authority, KmipServer
 from ansible_collections.hsm.tde.tests.integration.userhost import UserHost
 
 pytestmark = pytest.mark.skipif(
@@ -96,7 +102,7 @@ class TlsHost:
 
 @pytest.fixture(scope="module")
 def tls() -> t.Iterator[TlsHost]:
-    with postgres.folder() as home, postgres.server(home, start=False) as server:
+    with cheap_passphrases(), postgres.folder() as home, postgres.server(home, start=False) as server:
         made = TlsHost(UserHost(home), server)
         result = made.keystore()
         assert not result.get("failed"), result
@@ -121,6 +127,7 @@ def stopped(tls: TlsHost) -> t.Iterator[TlsHost]:
         yield tls
     finally:
         tls.server.stop()
+        shutil.rmtree(host.home / "kmip", ignore_errors=True)
         for number, place in enumerate(places):
             shutil.rmtree(place, ignore_errors=True)
             shutil.move(kept / str(number), place)
@@ -187,6 +194,122 @@ def test_the_secret_moves_to_another_token_with_a_pin_of_its_own(stopped: TlsHos
     assert not again["changed"], again["plan"]
     # A task that says nothing of keyslots and names the former token leaves record and PIN as they are.
     assert not stopped.keystore(keyslots=None)["changed"]
+
+
+NO_TOKEN: dict[str, t.Any] = {"library": None, "library_environment": {}, "token_label": None, "pin": None}
+AT_KMIP = [{"name": "primary", "protection": "kmip"}, {"name": "recovery", "protection": "passphrase", "passphrase": RECOVERY}]
+
+
+def test_the_secret_moves_to_a_kmip_server_is_rotated_there_and_comes_back(stopped: TlsHost, kmip_server: KmipServer) -> None:
+    host, secret = stopped.host, stopped.host.run("unwrap", "--cluster", "main").stdout
+    options = {**host.kmip(kmip_server), "keyslots": AT_KMIP, "pin_source": {"kind": "none"}}
+    planned = stopped.keystore(check=True, **options)
+    moved = stopped.keystore(**options)
+    assert not moved.get("failed"), moved
+    assert moved["data_keys"]["main"]["keyslots"]["primary"] == "hsm-tde.main at KMIP service kmip", moved
+    actions = [step["action"] for step in moved["plan"]]
+    # Settled twice: with both protections before anything is removed, and with the new one alone.
+    assert sorted(set(actions)) == sorted(step["action"] for step in planned["plan"])
+    assert actions.index("prove_keyslot") < actions.index("publish_record") < actions.index("remove_keyslot")
+    for again in (stopped.keystore(**options), stopped.keystore(keyslots=AT_KMIP, pin_source=None, **NO_TOKEN)):
+        assert (again.get("failed"), again["changed"]) == (None, False), again
+    record = json.loads((host.home / "state.users/clusters/main.json").read_text())
+    assert (record["tokens"], record["kmip"][0]["servers"]) == ([], [kmip_server.address])
+    # The token, and what opened it, are not needed any more.
+    host.softhsm.tokendir.rename(host.home / "aside")
+    host.softhsm.tokendir.mkdir()
+    host.pin_file.unlink()
+    try:
+        # Servers and certificate are those of the record: nothing of them is named again.
+        rotated = stopped.module("tde_master_key", state="rotated", tag="2", **NO_TOKEN)
+        assert (rotated["changed"], rotated["master_key"]) == (True, "hsm-tde.main.2"), rotated
+        assert not stopped.module("tde_master_key", state="rotated", tag="2", **NO_TOKEN)["changed"]
+        assert not stopped.module("tde_keystore", state="open", **NO_TOKEN)["changed"]
+        assert host.run("self-test", root=True).returncode == 0
+        assert host.run("unwrap", "--cluster", "main").stdout == secret
+        assert stopped.start(), stopped.log()
+        assert stopped.tls() == "t"
+        info = stopped.module("tde_info", **NO_TOKEN)
+        assert (info["kmip"], info["tokens"]) == (record["kmip"], [])
+        assert [key["kmip_service"] for key in info["master_keys"]][-2:] == ["kmip", "kmip"]
+        assert any(record["kmip"][0]["key"] in gap for gap in info["gaps"])
+        assert not any("No PIN source" in gap for gap in info["gaps"])
+    finally:
+        host.softhsm.tokendir.rmdir()
+        (host.home / "aside").rename(host.softhsm.tokendir)
+        stopped.server.stop()
+    stopped.keystore(**host.kmip(kmip_server))
+    record = json.loads((host.home / "state.users/clusters/main.json").read_text())
+    assert (len(record["tokens"]), record["kmip"]) == (1, [])
+    assert host.run("unwrap", "--cluster", "main").stdout == secret
+    # Root does not take the key away from a user's secret, whichever keyslots it has by now.
+    wish = {"name": "hsm-tde.main.2", "state": "absent", "confirm_destroy": "hsm-tde.main.2"}
+    root = kmip_server.options(host.home.name)
+    refused = support.run_module("kmip_key", {**root, "state_directory": host.state.path, "keys": [wish]})
+    assert refused["error_code"] == "key_in_use", refused
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("down", "kmip_unreachable"),
+        ("slow", "kmip_timeout"),
+        ("expired", "kmip_client_certificate_expired"),
+        pytest.param("authority", "kmip_ca_mismatch", marks=pytest.mark.slow),
+        pytest.param("destroyed", "key_unreachable", marks=pytest.mark.slow),
+        pytest.param("unreadable", "permission_denied", marks=pytest.mark.slow),
+    ],
+)
+def test_without_the_kmip_server_the_server_says_why_it_does_not_start(
+    stopped: TlsHost, kmip_server: KmipServer, how: str, says: str
+) -> None:
+    host, name = stopped.host, f"{stopped.host.home.name}.{how}"
+    options = host.kmip(kmip_server, name)
+    stopped.keystore(**options, keyslots=AT_KMIP)
+    key, certificate, authority = (Path(options[f"kmip_{one}"]) for one in ("certificate_key", "certificate", "ca"))
+    if how == "down":
+        kmip_server.stop()
+    elif how == "slow":
+        kmip_server.pause()
+    elif how == "expired":
+        over = kmip_server.ca.issue(name, days=-1)
+        certificate.write_bytes(over.path.read_bytes())
+        key.write_bytes(over.key.read_bytes())
+    elif how == "authority":
+        authority.write_bytes(Authority(host.home / "stranger", "another authority").path.read_bytes())
+    elif how == "destroyed":
+        with Client(t.cast(KmipAccess, kmip_access(kmip_server.options(name)))) as client:
+            uid = client.locate("hsm-tde.main")[0]
+            client.revoke(uid, compromised=False)
+            client.destroy(uid)
+    else:
+        os.chown(key, 0, 0)
+    try:
+        assert host.run("self-test", root=True).returncode in (3, 4, 6, 8)
+        assert not stopped.start()
+        ours = [line for line in stopped.log().splitlines() if line.startswith("hsm-tde: ")]
+        assert len(ours) == 1, stopped.log()
+        assert says in ours[0], ours
+    finally:
+        if how == "down":
+            kmip_server.start()
+        elif how == "slow":
+            kmip_server.resume()
+
+
+@pytest.mark.parametrize("how", ["root's own", "readable for others"])
+def test_a_certificate_that_is_not_the_server_user_s_own_is_refused(stopped: TlsHost, kmip_server: KmipServer, how: str) -> None:
+    host, options = stopped.host, stopped.host.kmip(kmip_server)
+    key = Path(options["kmip_certificate_key"])
+    if how == "root's own":
+        os.chown(key, 0, 0)
+    else:
+        key.chmod(0o440)
+    with refusals.unchanged(host.home / "state", host.home / "state.users"):
+        for check in (True, False):
+            refused = stopped.keystore(**options, keyslots=AT_KMIP, check=check)
+            code = "permission_denied" if how == "root's own" else "file_not_private"
+            refusals.clear(refused, code, str(key), f"user {host.user.pw_name}")
 
 
 def test_a_changed_pin_is_changed_in_the_user_s_file_too(stopped: TlsHost) -> None:

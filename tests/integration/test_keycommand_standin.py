@@ -11,77 +11,22 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
 import typing as t
-from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.tests.integration import postgres, support
-from ansible_collections.hsm.tde.tests.integration.userhost import UserHost
+from ansible_collections.hsm.tde.tests.integration.keycommand import SLOTS, Cluster, cheap_passphrases
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not support.softhsm_library() or not postgres.programs(),
     reason="needs root, SoftHSM and a user postgres",
 )
 
-_STANDIN = support.ROOT / "tests/standins/keycommand/server"
-RECOVERY = "kept off the host 4711"
-SLOTS = [{"name": "primary"}, {"name": "recovery", "protection": "passphrase", "passphrase": RECOVERY}]
-
-
-class Cluster:
-    """A cluster of the stand-in on a host of its own."""
-
-    def __init__(self, home: Path, kind: str) -> None:
-        self.host, self.kind = UserHost(home), kind
-        (home / "srv").mkdir()
-        self.host.give(home / "srv")
-        self.data = home / "srv/data"
-        self.standin = home / "server"
-        shutil.copy(_STANDIN, self.standin)
-
-    def arguments(self, **options: t.Any) -> dict[str, t.Any]:
-        engine = {
-            "kind": self.kind,
-            "command": str(self.host.command),
-            "data_directory": str(self.data),
-            **options.pop("keycommand", {}),
-        }
-        return {
-            "engine": "keycommand", "cluster": "main", "state_directory": self.host.state.path, "keycommand": engine,
-            **self.host.softhsm.options(token_label="demo", pin=self.host.softhsm.pin), **options,
-        }  # fmt: skip
-
-    def module(self, name: str, *, check: bool = False, **options: t.Any) -> dict[str, t.Any]:
-        return support.run_module(name, self.arguments(**options), check=check)
-
-    def keystore(self, **options: t.Any) -> dict[str, t.Any]:
-        made = self.module(
-            "tde_keystore", **{"keyslots": SLOTS, "pin_source": {"kind": "file", "path": str(self.host.pin_file)}, **options}
-        )
-        assert not made.get("failed"), made
-        return made
-
-    def rotate(self, tag: str, **options: t.Any) -> dict[str, t.Any]:
-        return self.module("tde_master_key", state="rotated", tag=tag, **options)
-
-    def server(self, *arguments: str, data: Path | None = None) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, str(self.standin), self.kind, arguments[0], "-D", str(data or self.data), *arguments[1:]]
-        return postgres.as_postgres(*argv, check=False)
-
-    def starts(self, data: Path | None = None) -> bool:
-        done = self.server("start", data=data)
-        return done.returncode == 0 and "ready to accept" in done.stderr
-
-    @property
-    def key(self) -> Path:
-        return self.data / "pg_encryption/key.bin"
-
 
 @pytest.fixture
 def edb() -> t.Iterator[Cluster]:
-    with postgres.folder() as home:
+    with cheap_passphrases(), postgres.folder() as home:
         made = Cluster(home, "edb")
         options = made.keystore()["initdb_options"]
         done = made.server("initdb", *options)
@@ -212,7 +157,7 @@ def test_a_proof_reads_the_pages_and_takes_nobody_s_word(edb: Cluster) -> None:
 
 
 def test_cybertec_gets_its_key_in_hex() -> None:
-    with postgres.folder() as home:
+    with cheap_passphrases(), postgres.folder() as home:
         made = Cluster(home, "cybertec")
         # Check mode on a host on which nothing was done yet, in the order of the role.
         slots = {"keyslots": SLOTS, "pin_source": {"kind": "file", "path": str(made.host.pin_file)}}

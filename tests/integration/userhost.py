@@ -16,7 +16,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.common import plan as plan
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.engines import record as records
 from ansible_collections.hsm.tde.plugins.module_utils.engines.userside import UserSide
-from ansible_collections.hsm.tde.tests.integration import postgres, support
+from ansible_collections.hsm.tde.tests.integration import kmip, postgres, support
 
 Done = subprocess.CompletedProcess[bytes]
 
@@ -44,6 +44,25 @@ class UserHost:
         """Make a folder and all in it the user's."""
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, self.user.pw_uid, self.user.pw_gid)
+
+    def kmip(self, server: kmip.KmipServer, client: kmip.Certificate | str = "") -> dict[str, t.Any]:
+        """The options ``kmip_*`` with which the user reaches a server: its certificate and key are the user's own.
+
+        :param client: by default one of this host's name.
+        """
+        one = server.client(client or self.home.name) if isinstance(client, str) else client
+        folder = self.home / "kmip"
+        folder.mkdir(exist_ok=True)
+        options = server.options(one)
+        for name, mode in (("kmip_ca", 0o644), ("kmip_certificate", 0o644), ("kmip_certificate_key", 0o400)):
+            copy = folder / Path(options[name]).name
+            copy.unlink(missing_ok=True)
+            copy.write_bytes(Path(options[name]).read_bytes())
+            copy.chmod(mode)
+            if name == "kmip_certificate_key":
+                os.chown(copy, self.user.pw_uid, self.user.pw_gid)
+            options[name] = str(copy)
+        return options
 
     @property
     def side(self) -> UserSide:

@@ -14,6 +14,7 @@ output, the KMS secret in the environment (:data:`_KMS_SECRET`), exit code 0 for
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,7 +30,10 @@ from ..engines.keyfacts import read_keks
 from ..engines.record import Record
 from ..keystore.secretfile import SecretFile
 from ..keystore.secretfile import unwrap as open_secret
-from ..keystore.store import PassphraseSlot, Slot, TokenSlot
+from ..keystore.store import KmipCredential, KmipSlot, PassphraseSlot, Slot, TokenSlot
+from ..kmip import kek as kmip_kek
+from ..kmip.access import KmipAccess
+from ..kmip.client import Client
 from ..pkcs11 import envelope
 from ..pkcs11.kek import create_kek
 from ..pkcs11.keys import KeyRef, find
@@ -43,6 +47,8 @@ from .streams import STDOUT, no_terminal, read_secret, write_out
 #: Seconds for one try. pg_ctl waits 60 for a server to start (PostgreSQL manual, pg_ctl, PGCTLTIMEOUT); the server's log
 #: shall say what it was by then.
 SECONDS = 25.0
+#: Seconds of these for KMIP servers to take a connection, all together.
+_SERVERS_SECONDS = 16.0
 #: Where tde_kms passes the KMS secret (Installation and Setup Guide for Server, M.4). It has no other way.
 _KMS_SECRET = "TDE_KMS_SECRET"  # noqa: S105 - the name of a variable
 #: tde_kms takes at most 8192 bytes from a key management system; this many come to 6000 when they are wrapped.
@@ -64,16 +70,29 @@ class Own:
         return self.record.cluster
 
     def token(self) -> credentials.TokenName:
-        """The token that new secrets go to."""
+        """The token whose keys are used, or that new secrets go to."""
         if not self.record.tokens:
             raise TdeError("invalid_option", "names no token", obj=f"record of cluster {self.cluster}")
         return credentials.TokenName(self.record.tokens[0].label, self.record.tokens[0].serial)
 
-    def tries(self, on: t.Sequence[credentials.TokenName], stated: credentials.Given) -> list[credentials.Credential]:
-        """The credentials to try; nobody is asked.
+    def services(self, at: t.Collection[str]) -> list[KmipAccess]:
+        """The record's KMIP services for keyslots at some; if it names none of these, a service may go by another name here.
+
+        All their servers together get less time than the command has, so that one that is slow is said to be.
+        """
+        found = [one for one in self.record.kmip if one.service in at] or [one for one in self.record.kmip if at]
+        count = sum(len(one.servers) for one in found)
+        return [dataclasses.replace(one, timeout=min(one.timeout, _SERVERS_SECONDS / count)) for one in found]
+
+    def tries(
+        self, on: t.Sequence[credentials.TokenName], stated: credentials.Given, services: t.Sequence[KmipAccess] = ()
+    ) -> list[credentials.Credential]:
+        """The credentials to try, beside the services, which need no PIN; nobody is asked.
 
         :raises TdeError: ``pin_source_missing`` and those of reading the source.
         """
+        if services and (not on or self.record.pin_source.get("kind", "none") == "none"):
+            return [credentials.Credential()]
         if stated.pin is None and stated.passphrase is None and self.record.pin_source.get("kind", "none") == "none":
             raise TdeError(
                 "pin_source_missing",
@@ -82,7 +101,13 @@ class Own:
                 kept="Nothing was tried.",
                 next_step="Set pin_source in tde_keystore.",
             )
-        return credentials.tries(self.record, on, stated, may_ask=False)
+        try:
+            return credentials.tries(self.record, on, stated, may_ask=False)
+        except TdeError:
+            # That a PIN cannot be had is no reason not to ask a service.
+            if services:
+                return [credentials.Credential()]
+            raise
 
 
 def enter(arguments: argparse.Namespace) -> Own:
@@ -125,27 +150,53 @@ def wrap(arguments: argparse.Namespace, secret: Secret, output: Output) -> int:
     stated = credentials.given(arguments)
 
     def act(one: credentials.Credential) -> None:
-        access = t.cast(TokenAccess, one.access)
         with own.state.locked(wait_seconds=10):
-            slots: list[Slot] = [TokenSlot("primary", access, _master_key(own, access))]
+            slots: list[Slot] = [_primary(own, one)]
             if stated.passphrase is not None:
                 slots.append(PassphraseSlot("recovery", stated.passphrase))
             # A data directory that was given up took its file with it; one that shows is never replaced.
             file.create(secret, slots, replace_lost=carried)
 
-    tries = own.tries([own.token()], dataclasses.replace(stated, passphrase=None))
+    service = _new_at(own)
+    tries = [credentials.Credential(kmip=service)]
+    if service is None:
+        tries = own.tries([own.token()], dataclasses.replace(stated, passphrase=None))
     keystores.try_each(tries, act, SECONDS)
     if stated.passphrase is None:
-        output.warn(f"{file.path} has one keyslot: the token is the only way to the secret")
+        output.warn(f"{file.path} has one keyslot: the {'KMIP service' if service else 'token'} is the only way to the secret")
     return DONE
 
 
-def _master_key(own: Own, access: TokenAccess) -> KeyRef:
-    registry = Registry(own.state)
+def _new_at(own: Own) -> KmipAccess | None:
+    """The KMIP service that a new secret goes to, None if it goes to the token.
+
+    A record that names both is one of a secret that is there: its newest keyslot ``primary`` tells.
+    """
+    at = {one.service for one in own.record.kmip}
+    if at and own.record.tokens:
+        with contextlib.suppress(TdeError):
+            slots = [slot for slot in _file(own, None)[0].file.judged().document.keyslots if slot.name == "primary"]
+            at = {slot.target.get("kmip_service", "") for slot in slots[-1:]} & at
+    return next(iter(own.services(at)), None)
+
+
+def _primary(own: Own, one: credentials.Credential) -> Slot:
+    """The keyslot of a new secret, under the cluster's current master key, which is made if there is none."""
+    registry, journal = Registry(own.state), Journal(own.state.journal)
+    if one.kmip:
+        label = _label(own, keyslots.Token.service(one.kmip.service))
+        with Client(one.kmip) as client:
+            made = kmip_kek.create_kek(client, label, cluster=own.cluster, registry=registry, journal=journal, state=own.state)
+        return KmipSlot("primary", one.kmip, made)
+    access = t.cast(TokenAccess, one.access)
     with open_session(access, own.state, rw=True) as session:
         token = keyslots.Token.of(session.token.label, session.token.serial)
-        label = keyslots.current_label(own.cluster, token, [], read_keks(registry, own.cluster))
-        return create_kek(session, label, cluster=own.cluster, registry=registry, journal=Journal(own.state.journal))
+        ref = create_kek(session, _label(own, token), cluster=own.cluster, registry=registry, journal=journal)
+    return TokenSlot("primary", access, ref)
+
+
+def _label(own: Own, token: keyslots.Token) -> str:
+    return keyslots.current_label(own.cluster, token, [], read_keks(Registry(own.state), own.cluster))
 
 
 def unwrap(arguments: argparse.Namespace) -> int:
@@ -153,19 +204,24 @@ def unwrap(arguments: argparse.Namespace) -> int:
     own = enter(arguments)
     file, dummy = _file(own, arguments.file)
     stated = credentials.given(arguments)
+    slots = file.file.judged().document.keyslots
     on = [
         credentials.TokenName(slot.target["token_label"], slot.target["token_serial"])
-        for slot in file.file.judged().document.keyslots
-        if slot.protection == "token"
+        for slot in slots
+        if slot.protection == keyslots.TOKEN
     ]
     # The PIN source is that of the record's first token. A keyslot may be on one that this host does not reach.
     order = [token.label for token in own.record.tokens]
     on = sorted((token for token in on if token.label in order), key=lambda token: order.index(token.label)) or on
+    # Whoever names a credential means that one.
+    named = stated.pin is not None or stated.passphrase is not None or stated.token is not None
+    at = set() if named else {slot.target["kmip_service"] for slot in slots if slot.protection == keyslots.KMIP}
+    services = own.services(at)
 
     def act(one: credentials.Credential) -> None:
-        write_out(open_secret(file, credentials.for_keystore(one)))
+        write_out(open_secret(file, [*credentials.for_keystore(one), *map(KmipCredential, services)]))
 
-    keystores.try_each(own.tries(on, stated), act, SECONDS)
+    keystores.try_each(own.tries(on, stated, services), act, SECONDS)
     return DONE
 
 

@@ -184,10 +184,13 @@ class Keyring:
     def rotate_in(self, keyslot: str) -> Token:
         """Take the task's token, or its KMIP service where the keyslot is under one, as the wish for a keyslot.
 
+        Before there is a data key, the place of the cluster's newest master key tells which of the two.
+
         :returns: where its master key is, or is to be.
         :raises TdeError: ``invalid_option`` if the task names neither.
         """
         protections = {slot.protection for key in self.keys for slot in key.named(keyslot)}
+        protections = protections or {kek.token.protection for kek in self.keks[-1:]}
         wish = default_wish(self.request, keyslot, prefer=KMIP if KMIP in protections else TOKEN)
         token = self._place(wish)
         if token is None:
@@ -359,10 +362,14 @@ class Keyring:
     def services(self) -> list[KmipAccess]:
         """The KMIP services given, that of the options at top level first, and those of the record that keyslots are at; each once."""
         given = [one for one in (self.request.kmip, *(wish.kmip for wish in self.wishes)) if one]
-        record = records.read(self.request.state, self.request.cluster)
         at = {slot.token.label for key in self.keys for slot in key.slots if slot.token and slot.protection == KMIP}
-        recorded = [one for one in (record.kmip if record else ()) if one.service in at - {one.service for one in given}]
+        recorded = [one for one in self.recorded_services() if one.service in at - {one.service for one in given}]
         return list(dict.fromkeys([*given, *recorded]))
+
+    def recorded_services(self) -> t.Sequence[KmipAccess]:
+        """The KMIP services that the cluster's record names."""
+        record = records.read(self.request.state, self.request.cluster)
+        return record.kmip if record else ()
 
     # --- acting
 

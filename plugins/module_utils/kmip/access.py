@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pwd
 import re
 import typing as t
 
@@ -116,7 +118,7 @@ def tls_context(access: KmipAccess) -> ssl.SSLContext:
     except (ssl.SSLError, UnicodeDecodeError):
         raise TdeError("kmip_ca_invalid", "holds no certificate in PEM", obj=access.ca) from None
     _check_own(access)
-    read_private(access.key)
+    _check_key(access.key)
 
     def no_terminal() -> str:
         raise ValueError
@@ -128,6 +130,17 @@ def tls_context(access: KmipAccess) -> ssl.SSLContext:
     except ssl.SSLError:
         raise _unusable(access, "its key is not PEM, or does not belong to it") from None
     return context
+
+
+def _check_key(path: str) -> None:
+    """Whoever reaches the server is the owner of the key to the certificate, and nobody else reads it."""
+    try:
+        read_private(path)
+    except TdeError as exc:
+        if exc.code in ("permission_denied", "file_not_private") and os.geteuid() != 0:
+            user = pwd.getpwuid(os.geteuid()).pw_name
+            exc.next_step = f"Give user {user}, who reaches the server, a certificate whose key is that user's own, mode 0400."
+        raise
 
 
 def _unusable(access: KmipAccess, reason: str) -> TdeError:

@@ -29,7 +29,7 @@ import typing as t
 from ..common.check import is_int
 from ..common.errors import TdeError
 from ..pkcs11.blob import MAX_PLAINTEXT, invalid, joined
-from .keys import Spec, create, find, find_one, note, one_at_a_time
+from .keys import Spec, ambiguous, create, find, find_one, note, one_at_a_time
 
 if t.TYPE_CHECKING:
     from ..common.journal import Journal
@@ -136,6 +136,36 @@ def registered(registry: Registry, service: str, label: str) -> KekRef | None:
         if registry.is_in(entry, service, SERIAL) and entry["label"] == label
     ]
     return KekRef(label, named[-1]) if named else None
+
+
+def made_elsewhere(client: Client, label: str, registry: Registry, journal: Journal) -> bool:
+    """Whether the server has a key of a label that this host did not make.
+
+    :raises TdeError: as :func:`standing`, but for ``key_foreign``.
+    """
+    try:
+        standing(client, label, registry, journal)
+    except TdeError as exc:
+        if exc.code == "key_foreign":
+            return True
+        raise
+    return False
+
+
+def adopt_kek(client: Client, label: str, *, cluster: str, registry: Registry, journal: Journal) -> KekRef:
+    """Take the KEK of a label that another node of the cluster made, once it was tried out.
+
+    :raises TdeError: ``key_ambiguous``, ``kek_unfit``, ``kmip_key_state``, and what the server answers.
+    """
+    found = find(client, label)
+    if len(found) != 1:
+        raise ambiguous(client, label, found)
+    ref = KekRef(label, found[0].uid)
+    load_kek(client, ref)
+    mechanism, kcv = Kek(client, ref).probe()
+    registry.remember_key(client.access.service, SERIAL, label, ref.id, CLASS, cluster)
+    note(journal, client, "adopt_kek", label, ref.id, cluster=cluster, kcv=kcv, mechanism=mechanism)
+    return ref
 
 
 def load_kek(client: Client, ref: KekRef) -> KeyFacts:

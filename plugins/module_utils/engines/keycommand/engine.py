@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The engine keycommand: a server's key or passphrase, wrapped under a key in the token, given by ``hsm-tde`` when it asks.
+"""The engine keycommand: a server's key or passphrase, wrapped under a key in the token or at a KMIP service, given by ``hsm-tde``
+when it asks.
 
-Root prepares what the server's user needs (``userside``); everything with a token or the user's store is done by a child
-that has become that user (``work``).
+Root prepares what the server's user needs (``userside``); everything with a token, a KMIP service or the user's store is done
+by a child that has become that user (``work``).
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from ...common.journal import Journal
 from ...common.plan import Plan, Step
 from ...common.secret import Secret, secret_from_option
 from ...keystore.store import KeyStore
+from ...kmip import kek
 from ...pkcs11.library import LibraryAccess
 from ...pkcs11.registry import Registry
 from ...pkcs11.token import TokenAccess, TokenSelector
 from .. import keyslots
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, ProofWish, Request, SlotWish, TablespacesWish
+from ..keyring import default_wish
 from ..userside import UserSide
 from .options import Options, complete
 from .work import Work, opens
@@ -35,8 +38,9 @@ if t.TYPE_CHECKING:
 
 Facts = t.Dict[str, t.Any]
 
-#: A label and an id as a registry takes them from a child that ran as the user.
-_LABEL, _ID = re.compile(r"[A-Za-z0-9_.:-]{1,160}"), re.compile(r"(?:[0-9a-f]{2}){1,64}")
+#: A label and an id as a registry takes them from a child that ran as the user; a KMIP server's ids are any text.
+_LABEL = re.compile(r"[A-Za-z0-9_.:-]{1,160}")
+_ID = {keyslots.TOKEN: re.compile(r"(?:[0-9a-f]{2}){1,64}"), keyslots.KMIP: re.compile(r"[\x20-\x7e]{1,255}")}
 
 
 class Keycommand(Engine):
@@ -80,8 +84,8 @@ class Keycommand(Engine):
         self, side: UserSide, wishes: t.Sequence[SlotWish], act: t.Callable[[Work], Facts], check: bool
     ) -> tuple[Plan, Facts]:
         """Work as the user: the steps, and what came of them."""
-        request = self.own_request(side)
-        facts = side.run(lambda: act(Work(request, self.options, wishes, given=self.given, check=check)))
+        request, services = self.own_request(side), self.record.kmip if self.record else ()
+        facts = side.run(lambda: act(Work(request, self.options, wishes, services, given=self.given, check=check)))
         steps = [Step(**step) for step in facts.pop("plan")]
         if not check:
             self._remember(side, steps, facts)
@@ -92,9 +96,12 @@ class Keycommand(Engine):
         registry, journal = Registry(self.request.state), Journal(self.request.state.journal)
         # Empty: the store is the user's. Where the registry names a cluster's key and no store shows, one is lost.
         KeyStore(self.request.state, self.request.cluster).create()
-        for token_label, serial, label, key_id in facts["keks"]:
-            if _LABEL.fullmatch(label) and _ID.fullmatch(key_id):
-                registry.remember_key(token_label, serial, label, key_id, "secret_key", self.request.cluster)
+        for protection, place, serial, label, key_id in facts["keks"]:
+            if _LABEL.fullmatch(label) and _ID[protection].fullmatch(key_id):
+                if protection == keyslots.KMIP:
+                    registry.remember_key(place, kek.SERIAL, label, key_id, kek.CLASS, self.request.cluster)
+                else:
+                    registry.remember_key(place, serial, label, key_id, "secret_key", self.request.cluster)
         for step in steps:
             journal.append(step.action, step.obj, cluster=self.request.cluster, as_user=side.user.pw_name)
 
@@ -116,14 +123,7 @@ class Keycommand(Engine):
 
     def _present(self, wish: KeystoreWish, check: bool) -> Outcome:
         side = self.side()
-        for one in wish.slots or ():
-            if one.protection not in (keyslots.TOKEN, keyslots.PASSPHRASE):
-                raise TdeError(
-                    "engine_unsupported",
-                    "the server's user has no certificate for a KMIP service: a keyslot is under token or passphrase",
-                    obj=f"keyslot {one.name} of engine {self.name}",
-                )
-        wishes = wish.slots if wish.slots is not None else (SlotWish("primary", keyslots.TOKEN, access=self.request.access),)
+        wishes = wish.slots if wish.slots is not None else (default_wish(self.request),)
         before = self.record
         first = [step for step in side.plan(records.Record("", ""), None) if step.action == "make_user_state"]
         if first and not check:
@@ -143,12 +143,12 @@ class Keycommand(Engine):
         outcome.facts = {
             "cluster": self.request.cluster,
             "data_keys": facts["data_keys"],
-            "master_keys": [f"{label} in token {token}" for token, dummy, label, dummy2 in facts["keks"]],
+            "master_keys": facts["master_keys"],
             "parameters": parameters,
             "initdb_options": initdb,
             "start_required": False,
         }
-        if record.pin_source.get("kind", "none") == "none":
+        if record.pin_source.get("kind", "none") == "none" and not record.kmip:
             outcome.warnings.append("No pin_source is set: the command has no PIN, and the server will not get its secret.")
         return outcome
 
@@ -174,17 +174,29 @@ class Keycommand(Engine):
         ]
 
     def _recorded(self, wish: KeystoreWish, wishes: t.Sequence[SlotWish], facts: Facts) -> records.Record:
-        """The record: of the tokens those that the secret's keyslots are on, the one to be asked first before the others."""
+        """The record: of tokens and KMIP services those that the secret's keyslots are at, the one to be asked first before the others.
+
+        Before there is a secret it is where the first keyslot is to be, for a server's own initdb may make that.
+        """
         before = self.record or records.Record(self.request.cluster, self.name)
-        primary = next((one.access for one in wishes if one.name == "primary"), None)
-        reached = sorted(self._reached(wishes, facts), key=lambda one: one[0] is not primary)
+        primary = next((one for one in wishes if one.name == "primary"), None)
+        reached = sorted(self._reached(wishes, facts), key=lambda one: primary is None or one[0] is not primary.access)
         known = {(token.label, token.serial): token for token in (*before.tokens, *(token for dummy, token in reached))}
-        wanted = [(name[0], name[1]) for name in facts["slots"]] or [(one.label, one.serial) for dummy, one in reached]
+        given = [one for one in (self.request.kmip, *(one.kmip for one in wishes)) if one]
+        services = {one.service: one for one in (*before.kmip, *given)}
+        wanted, at = [(name[0], name[1]) for name in facts["slots"]], list(facts["services"])
+        if not facts["data_keys"] and primary and primary.kmip:
+            at = [primary.kmip.service]
+        elif not facts["data_keys"]:
+            wanted = [(one.label, one.serial) for dummy, one in reached]
         tokens = tuple(known[name] for name in dict.fromkeys(wanted) if name in known)
+        kmip = tuple(services[name] for name in dict.fromkeys(at) if name in services)
+        if not tokens and not kmip:
+            tokens, kmip = before.tokens, before.kmip
         source = dict(before.pin_source)
         if wish.pin_source is not None:
             source = {name: value for name, value in wish.pin_source.items() if value is not None}
-        return dataclasses.replace(before, options=self.options.given, tokens=tokens or before.tokens, pin_source=source)
+        return dataclasses.replace(before, options=self.options.given, tokens=tokens, kmip=kmip, pin_source=source)
 
     def _pin(self, wishes: t.Sequence[SlotWish], facts: Facts, record: records.Record) -> Secret | None:
         """The PIN of the token that the command asks first, if this task gave it."""
@@ -202,7 +214,8 @@ class Keycommand(Engine):
             for one in record.tokens
         ]
         request = self.own_request(side)
-        if not side.run(lambda: opens(request, self.options, record.pin_source, tokens)):
+        services = list(dict.fromkeys([*([request.kmip] if request.kmip else []), *record.kmip]))
+        if not side.run(lambda: opens(request, self.options, record.pin_source, tokens, services)):
             outcome.warnings.append("There is no wrapped key yet: initdb makes it, with the options that tde_keystore returns.")
         return outcome
 
@@ -210,11 +223,7 @@ class Keycommand(Engine):
         with self._locked(check):
             if not check:
                 self.known()
-            if self.request.access is None:
-                raise TdeError("invalid_option", "no token was named", obj="options library and token_label")
-            side = self.side()
-            wishes = (SlotWish(wish.keyslot, keyslots.TOKEN, access=self.request.access),)
-            steps, facts = self._work(side, wishes, lambda work: work.master_key(wish), check)
+            steps, facts = self._work(self.side(), (), lambda work: work.master_key(wish), check)
             outcome = self._outcome(steps, facts, self.record, self.record)
             outcome.facts = {
                 "cluster": self.request.cluster,

@@ -51,7 +51,7 @@ def collect(engine: Keycommand) -> Facts:
         "coverage": options.kind if record and options else None,
         "pin_source": source,
         "tokens": [dataclasses.asdict(token) for token in record.tokens] if record else [],
-        "kmip": [],
+        "kmip": [service.stored() for service in record.kmip] if record else [],
         "data_keys": inner["data_keys"],
         "master_keys": inner["master_keys"],
         "adopted": inner["adopted"],
@@ -95,5 +95,5 @@ def _gaps(found: Facts, options: Options | None) -> t.Iterator[str]:
         f"Who acts as user {options.os_user} gets the secret without any further credential, and so does the server's superuser: "
         "the command answers that user."
     )
-    if (found["pin_source"] or {}).get("kind", "none") == "none":
+    if (found["pin_source"] or {}).get("kind", "none") == "none" and not found["kmip"]:
         yield "No PIN source is set: the command gives nothing to the server."

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the hsm.tde authors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""What is done as the database's own user: the master key in the token, the wrapped secret, its keyslots.
+"""What is done as the database's own user: the master key in the token or at a KMIP service, the wrapped secret, its keyslots.
 
 Everything here runs in a child that has become this user, on the user's own state directory, and gives plain data
 back. The decisions are those of ``keyslots``, the acts those of ``keyring``; a secret counts as the cluster's one data key.
@@ -25,8 +25,10 @@ from ...common.state import StateDirectory
 from ...keystore.keyfile import KeyFile
 from ...keystore.sealed import ADOPT, Opened
 from ...keystore.secretfile import SecretFile
-from ...keystore.store import Credential, DataKey, KeyStore
+from ...keystore.store import Credential, DataKey, KeyStore, KmipCredential, TokenCredential
 from ...keystore.store import Slot as StoreSlot
+from ...kmip import kek as kmip_kek
+from ...kmip.client import Client
 from ...pkcs11.envelope import COMPANION, check_fit
 from ...pkcs11.keys import find
 from ...pkcs11.registry import Registry
@@ -34,11 +36,14 @@ from ...pkcs11.resting import resting_pins
 from ...pkcs11.token import TokenAccess, open_session
 from .. import keyslots
 from ..base import KeystoreWish, MasterKeyWish, Request, SlotWish
-from ..keyfacts import describe_keks, describe_keys, key_facts, read_keks, read_keys
+from ..keyfacts import describe_keks, describe_keys, kek_words, key_facts, read_keks, read_keys
 from ..keyring import Keyring
 from ..postgresql import public
 from .options import GENERATED, Options
 from .secret import CYBERTEC, secret_file, secret_path, travels
+
+if t.TYPE_CHECKING:
+    from ...kmip.access import KmipAccess
 
 Facts = t.Dict[str, t.Any]
 Handlers = t.Dict[str, t.Callable[[Step], None]]
@@ -85,21 +90,40 @@ class SecretStore(KeyStore):
         return any(entry["action"] == ADOPT and entry["key"] == self.cluster for entry in Journal(self.state.journal).entries())
 
 
+class _Ring(Keyring):
+    """A keyring of the user's, who reads no record of root's. :param services: what the record says of KMIP services."""
+
+    def __init__(self, request: Request, wishes: t.Sequence[SlotWish], services: t.Sequence[KmipAccess], *, dry: bool) -> None:
+        super().__init__(request, wishes, length=0, check=lambda key: "", dry=dry)
+        self._recorded = services
+
+    def recorded_services(self) -> t.Sequence[KmipAccess]:
+        return self._recorded
+
+
 class Work:
     """One task's work as the user.
 
     :param request: the task's, with the user's own state directory.
+    :param services: the KMIP services of the cluster's record.
     :param given: the secret as the task gives it; None to make one.
     :param check: only decide.
     """
 
     def __init__(
-        self, request: Request, options: Options, wishes: t.Sequence[SlotWish], *, given: Secret | None, check: bool
+        self,
+        request: Request,
+        options: Options,
+        wishes: t.Sequence[SlotWish],
+        services: t.Sequence[KmipAccess],
+        *,
+        given: Secret | None,
+        check: bool,
     ) -> None:
         self.request = request
         self.options = options
         self.check = check
-        self.ring = Keyring(request, wishes, length=0, check=lambda key: "", dry=check)
+        self.ring = _Ring(request, wishes, services, dry=check)
         self.store = SecretStore(request.state, request.cluster, options, lambda: given or _generated(options))
         self.ring.store = self.store
         self.given = given
@@ -143,10 +167,10 @@ class Work:
 
     def master_key(self, wish: MasterKeyWish) -> Facts:
         """The master key of the wish, the secret under it."""
-        access = t.cast(TokenAccess, self.request.access)
         rotated = wish.state == "rotated"
         today = datetime.datetime.now(datetime.timezone.utc).date()
-        token = self.ring.token(access)
+        self.ring.look()
+        token = self.ring.rotate_in(wish.keyslot)
 
         def decide() -> Plan:
             return keyslots.rotate(
@@ -165,7 +189,7 @@ class Work:
                 if rotated:
                     self.ring.journal.append(
                         "rotate_master_key",
-                        f"keyslot {wish.keyslot} in token {token.label}",
+                        f"keyslot {wish.keyslot} {token.where}",
                         result=result,
                         cluster=self.request.cluster,
                         tag=wish.tag,
@@ -210,17 +234,18 @@ class Work:
             "after": after,
             "warnings": ring.warnings,
             "tokens": [[one.label, one.serial] for one in ring.recorded_tokens()],
-            "slots": self._slot_tokens(),
-            "keks": [[kek.token.label, kek.token.serial, kek.label, kek.id] for kek in ring.keks],
+            "slots": [[place.label, place.serial] for place in self._places(keyslots.TOKEN)],
+            "services": [place.label for place in self._places(keyslots.KMIP)],
+            "keks": [[kek.token.protection, kek.token.label, kek.token.serial, kek.label, kek.id] for kek in ring.keks],
+            "master_keys": kek_words(ring.keks),
             "data_keys": key_facts(ring.keys),
         }
 
-    def _slot_tokens(self) -> list[list[str]]:
-        """The tokens of the secret's keyslots, the one to be asked first: that of the newest keyslot ``primary``."""
-        slots = [slot for key in self.ring.keys for slot in reversed(key.slots) if slot.token]
+    def _places(self, protection: str) -> list[keyslots.Token]:
+        """The tokens, or the services, of the secret's keyslots, the one to be asked first: that of the newest keyslot ``primary``."""
+        slots = [slot for key in self.ring.keys for slot in reversed(key.slots) if slot.protection == protection]
         slots.sort(key=lambda slot: slot.name != "primary")
-        tokens = [[slot.token.label, slot.token.serial] for slot in slots if slot.token]
-        return [one for number, one in enumerate(tokens) if one not in tokens[:number]]
+        return list(dict.fromkeys(slot.token for slot in slots if slot.token))
 
     def _act(self, steps: Plan) -> None:
         self.ring.ready(steps)
@@ -235,18 +260,28 @@ class Work:
             return steps
         found: Plan = []
         for step in steps:
-            access = self.ring.wish(step.data["name"]).access if step.action == "create_kek" else None
-            if access and access.pin:
-                with open_session(access, self.request.state) as session:
-                    there = find(session, step.data["kek_label"], cls="secret")
-                if there:
-                    step = Step("adopt_kek", step.obj, "another node of the cluster made it", step.data)
+            if step.action == "create_kek" and self._made_elsewhere(self.ring.wish(step.data["name"]), step.data["kek_label"]):
+                step = Step("adopt_kek", step.obj, "another node of the cluster made it", step.data)
             found.append(step)
         return found
 
+    def _made_elsewhere(self, wish: SlotWish, label: str) -> bool:
+        if wish.kmip:
+            with Client(wish.kmip) as client:
+                return kmip_kek.made_elsewhere(client, label, self.ring.registry, self.ring.journal)
+        if not wish.access or not wish.access.pin:
+            return False
+        with open_session(wish.access, self.request.state) as session:
+            return bool(find(session, label, cls="secret"))
+
     def _adopt(self, step: Step) -> None:
-        access, label = t.cast(TokenAccess, self.ring.wish(step.data["name"]).access), step.data["kek_label"]
-        ring = self.ring
+        ring, wish, label = self.ring, self.ring.wish(step.data["name"]), step.data["kek_label"]
+        if wish.kmip:
+            with Client(wish.kmip) as client:
+                kmip_kek.adopt_kek(client, label, cluster=self.request.cluster, registry=ring.registry, journal=ring.journal)
+            ring.keks = read_keks(ring.registry, self.request.cluster)
+            return
+        access = t.cast(TokenAccess, wish.access)
         with open_session(access, self.request.state) as session:
             there = find(session, label, cls="secret")
             obj = f"master key {label} in {session.token}"
@@ -274,15 +309,19 @@ def _generated(options: Options) -> Secret:
     return Secret("".join(secrets.choice(_LETTERS) for dummy in range(GENERATED)))
 
 
-def opens(request: Request, options: Options, source: t.Mapping[str, str], tokens: t.Sequence[TokenAccess]) -> bool:
+def opens(
+    request: Request,
+    options: Options,
+    source: t.Mapping[str, str],
+    tokens: t.Sequence[TokenAccess],
+    services: t.Sequence[KmipAccess],
+) -> bool:
     """Whether the server's command would get the secret: opened once, given to nobody.
 
     :param source: the record's source of the PIN, used where the task gives none.
-    :param tokens: how the record reaches the tokens, without PINs.
+    :param tokens: how the record reaches the tokens, without PINs; :param services: the record's KMIP services.
     :returns: False if there is nothing to open yet.
     """
-    from ...keystore.store import TokenCredential
-
     store = SecretStore(request.state, request.cluster, options, lambda: _generated(options))
     if not store.key_ids():
         return False
@@ -294,7 +333,7 @@ def opens(request: Request, options: Options, source: t.Mapping[str, str], token
             for number, pin in enumerate(resting_pins(source["path"]))
             for access in tokens[:1]
         ]
-    store.open([TokenCredential(access) for access in accesses])
+    store.open([*map(TokenCredential, accesses), *map(KmipCredential, services)])
     return True
 
 
