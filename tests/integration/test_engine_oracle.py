@@ -25,6 +25,7 @@ FILE: Slot = ("passphrase", None, None)
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Iterator[Site]:
     monkeypatch.setenv("ORACLEDB_STANDIN", str(tmp_path / "oracle"))
+    oracle.quick(monkeypatch)
     with oracle.site(tmp_path) as found:
         yield found
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import typing as t
-from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
@@ -20,12 +19,46 @@ CHANGED: Slot = ("softcard", "one", NEW)
 TRANSFER: dict[str, t.Any] = {"transfer_keys": True, "acs_passphrase": nshield.ACS_PASSPHRASE}
 
 
+class Made(t.NamedTuple):
+    """A host with an encrypted database under softcard ``one``; softcard ``two``, a card set and an administrator card are at hand.
+
+    :ivar plain: it as it is without auto-login; :ivar auto: with it.
+    """
+
+    site: Site
+    plain: oracle.Saved
+    auto: oracle.Saved
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[Made]:
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORACLEDB_STANDIN", str(folder / "oracle"))
+        oracle.quick(patch)
+        with oracle.site(folder, clients=("a", "b")) as site:
+            site.hsm.a.create_softcard("two", NEW)
+            cards = site.hsm.a.create_cardset("cards", NEW, quorum=(1, 2))
+            site.hsm.hsm.insert(f"{cards}:1")
+            site.hsm.hsm.insert("acs:1", slot=2)
+            site.encrypted()
+            plain = oracle.Saved(site, folder / "plain")
+            site.until_done(SOFT, **AUTO)
+            yield Made(site, plain, oracle.Saved(site, folder / "auto"))
+
+
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Iterator[Site]:
-    monkeypatch.setenv("ORACLEDB_STANDIN", str(tmp_path / "oracle"))
-    oracle.quick_reads(monkeypatch)
-    with oracle.site(tmp_path, clients=("a", "b")) as found:
-        yield found
+def plain(made: Made) -> Site:
+    """Without auto-login."""
+    made.plain.back()
+    return made.site
+
+
+@pytest.fixture
+def site(made: Made) -> Site:
+    """With auto-login."""
+    made.auto.back()
+    return made.site
 
 
 def refused(run: t.Callable[[], t.Any]) -> str:
@@ -56,7 +89,6 @@ def mended(site: Site, slot: Slot = CHANGED, **options: t.Any) -> None:
 
 @pytest.mark.parametrize("statement", ["SET KEYSTORE CLOSE", "SET KEYSTORE OPEN"])
 def test_a_pdb_that_closes_during_a_change_s_container_all_is_brought_along(site: Site, statement: str) -> None:
-    site.encrypted(**AUTO)
     site.database.fault("closes", {"at": statement, "pdb": "PDB1"})
     mended(site)
     opened = [line for line in site.statements() if "ALL OPEN" in line]
@@ -64,36 +96,32 @@ def test_a_pdb_that_closes_during_a_change_s_container_all_is_brought_along(site
     assert opened
 
 
-def test_a_pdb_that_closes_while_all_are_opened_is_named_and_opened_by_the_next_run(site: Site) -> None:
-    site.encrypted()
-    site.database.bounce()
-    site.open_pdbs()
-    site.database.fault("closes", {"at": "SET KEYSTORE OPEN", "pdb": "PDB1"})
-    behind = site.keystore(None, state="open")
+def test_a_pdb_that_closes_while_all_are_opened_is_named_and_opened_by_the_next_run(plain: Site) -> None:
+    plain.database.bounce()
+    plain.open_pdbs()
+    plain.database.fault("closes", {"at": "SET KEYSTORE OPEN", "pdb": "PDB1"})
+    behind = plain.keystore(None, state="open")
     assert any("PDB1 is closed" in warning for warning in behind.warnings)
-    assert site.read() == "ORA-01109"
-    site.open_pdbs()
-    assert [step.obj for step in site.keystore(None, state="open").plan] == ["HSM keystore of PDB PDB1"]
-    assert site.read() == "content"
+    assert plain.read() == "ORA-01109"
+    plain.open_pdbs()
+    assert [step.obj for step in plain.keystore(None, state="open").plan] == ["HSM keystore of PDB PDB1"]
+    assert plain.read() == "content"
 
 
-def test_what_is_encrypted_in_a_closed_pdb_is_not_lost_by_a_change_without_transfer(site: Site) -> None:
+def test_what_is_encrypted_in_a_closed_pdb_is_not_lost_by_a_change_without_transfer(plain: Site) -> None:
     """A closed PDB shows none of its tablespaces."""
-    site.encrypted()
-    site.hsm.a.create_softcard("two", NEW)
-    site.database.close_pdb("PDB1")
+    plain.database.close_pdb("PDB1")
     target: Slot = ("softcard", "two", NEW)
-    assert [step.action for step in site.keystore(target, check=True).plan] == ["open_pdbs"]
-    assert refused(lambda: site.keystore(target)) == "oracle_change_refused"
-    site.keystore(None, state="open")
-    assert site.read() == "content"
+    assert [step.action for step in plain.keystore(target, check=True).plan] == ["open_pdbs"]
+    assert refused(lambda: plain.keystore(target)) == "oracle_change_refused"
+    plain.keystore(None, state="open")
+    assert plain.read() == "content"
 
 
 # A restart in the midst of ENCRYPTING
 
 
 def test_a_restart_in_the_midst_of_encrypting_under_an_hsm_is_finished_by_the_next_run(site: Site) -> None:
-    site.encrypted(**AUTO)
     site.database.add_tablespace("PDB1", "MORE", "more content")
     site.database.fault("bounce_while_encrypting", True)
     assert refused(lambda: site.tablespace("PDB1.MORE")) == "server_down"
@@ -112,10 +140,7 @@ def test_a_restart_in_the_midst_of_encrypting_under_an_hsm_is_finished_by_the_ne
 
 @pytest.mark.parametrize("moment", [0.5, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 1.5))])
 def test_rocs_killed_half_way_during_a_transfer(site: Site, moment: float) -> None:
-    old = next(iter(site.hsm.a.softcards()))
-    site.encrypted(**AUTO)
-    new = site.hsm.a.create_softcard("two", NEW)
-    site.hsm.hsm.insert("acs:1", slot=2)
+    old, new = (one for name in ("one", "two") for one, card in site.hsm.a.softcards().items() if card["name"] == name)
     b = site.hsm.clients["b"]
     nshield.world.copy_world(site.hsm.a, b)
     names = sorted(key["name"] for key in site.hsm.a.keys().values())
@@ -157,7 +182,6 @@ QUICK = ("SET KEYSTORE OPEN",)
 @pytest.mark.parametrize("statement", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in STATEMENTS])
 def test_packets_are_dropped_at_a_statement_of_a_change(site: Site, statement: str, fault: str) -> None:
     """``hang``: the statement never comes to its end; ``lost``: it does, and its answer is lost."""
-    site.encrypted(**AUTO)
     site.database.close_pdb("PDB1")
     site.database.fault("hang_seconds", 0)
     site.database.fault(fault, statement)
@@ -167,31 +191,28 @@ def test_packets_are_dropped_at_a_statement_of_a_change(site: Site, statement: s
 
 
 @pytest.mark.parametrize("fault", ["hang", "lost"])
-def test_packets_are_dropped_while_a_master_key_is_made(site: Site, fault: str) -> None:
-    site.encrypted()
-    keys = len(site.hsm.a.keys())
-    site.database.fault("hang_seconds", 0)
-    site.database.fault(fault, "SET KEY USING")
-    assert refused(lambda: site.master_key(tag="2")) == "timeout"
-    site.database.fault(fault, None)
-    site.master_key(tag="2")
-    assert not site.master_key(tag="2").changed
+def test_packets_are_dropped_while_a_master_key_is_made(plain: Site, fault: str) -> None:
+    keys = len(plain.hsm.a.keys())
+    plain.database.fault("hang_seconds", 0)
+    plain.database.fault(fault, "SET KEY USING")
+    assert refused(lambda: plain.master_key(tag="2")) == "timeout"
+    plain.database.fault(fault, None)
+    plain.master_key(tag="2")
+    assert not plain.master_key(tag="2").changed
     # One for each of the two containers, none twice.
-    assert len(site.hsm.a.keys()) == keys + 2
-    assert site.read() == "content"
+    assert len(plain.hsm.a.keys()) == keys + 2
+    assert plain.read() == "content"
 
 
-def test_looking_at_the_keystore_is_waited_for_no_longer_than_allowed(site: Site) -> None:
-    site.encrypted()
-    site.database.fault("hang_seconds", 0)
-    site.database.fault("hang", r"FROM V\$ENCRYPTION_WALLET")
-    assert refused(lambda: site.keystore(SOFT)) == "timeout"
-    site.database.fault("hang", None)
-    assert not site.keystore(SOFT).changed
+def test_looking_at_the_keystore_is_waited_for_no_longer_than_allowed(plain: Site) -> None:
+    plain.database.fault("hang_seconds", 0)
+    plain.database.fault("hang", r"FROM V\$ENCRYPTION_WALLET")
+    assert refused(lambda: plain.keystore(SOFT)) == "timeout"
+    plain.database.fault("hang", None)
+    assert not plain.keystore(SOFT).changed
 
 
 def test_the_hsm_s_own_tool_gets_no_answer_in_a_change(site: Site) -> None:
-    site.encrypted(**AUTO)
     site.hsm.hsm.fault("hang", "ppmk")
     assert refused(lambda: site.keystore(CHANGED, call_timeout=1.0, **AUTO)) == "timeout"
     site.hsm.hsm.fault("hang", None)
@@ -199,7 +220,6 @@ def test_the_hsm_s_own_tool_gets_no_answer_in_a_change(site: Site) -> None:
 
 
 def test_no_module_answers_after_the_restart_of_a_change(site: Site) -> None:
-    site.encrypted(**AUTO)
     assert site.keystore(CHANGED, **AUTO).facts["restart_required"]
     site.database.bounce()
     with site.database.change() as state:
@@ -215,7 +235,6 @@ def test_no_module_answers_after_the_restart_of_a_change(site: Site) -> None:
 
 def test_a_new_passphrase_that_is_mistyped_when_the_change_goes_on_opens_nothing(site: Site) -> None:
     """Oracle would open the keystore under module protection with it, and show no key."""
-    site.encrypted(**AUTO)
     assert site.keystore(CHANGED, **AUTO).facts["restart_required"]
     site.database.bounce()
     before = site.database.state()["login"]
@@ -225,37 +244,32 @@ def test_a_new_passphrase_that_is_mistyped_when_the_change_goes_on_opens_nothing
 
 
 @pytest.mark.parametrize("target", [("ocs", "cards", NEW), ("passphrase", None, SOFTWARE)])
-def test_a_present_passphrase_that_is_mistyped_takes_no_key_out_of_the_hsm(site: Site, target: Slot) -> None:
-    site.encrypted()
-    cards = site.hsm.a.create_cardset("cards", NEW, quorum=(1, 2))
-    site.hsm.hsm.insert(f"{cards}:1")
-    site.database.bounce()
-    site.open_pdbs()
-    wrong = lambda: site.keystore(target, "Softcard-9", safe_way_round=True, software_passphrase=SOFTWARE)  # noqa: E731
+def test_a_present_passphrase_that_is_mistyped_takes_no_key_out_of_the_hsm(plain: Site, target: Slot) -> None:
+    plain.database.bounce()
+    plain.open_pdbs()
+    wrong = lambda: plain.keystore(target, "Softcard-9", safe_way_round=True, software_passphrase=SOFTWARE)  # noqa: E731
     assert refused(wrong) == "nshield_passphrase_refused"
-    assert memos.read(site.state, "main").change is None
-    site.until_done(target, safe_way_round=True, software_passphrase=SOFTWARE)
-    assert site.read() == "content"
+    assert memos.read(plain.state, "main").change is None
+    plain.until_done(target, safe_way_round=True, software_passphrase=SOFTWARE)
+    assert plain.read() == "content"
 
 
-def test_a_credential_that_shows_no_key_ends_a_change_before_it_is_believed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_credential_that_shows_no_key_ends_a_change_before_it_is_believed(plain: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The credential's check is taken away, as where another softcard of that name came up after it."""
-    site.encrypted()
-    assert site.keystore(CHANGED).facts["restart_required"]
-    site.database.bounce()
+    assert plain.keystore(CHANGED).facts["restart_required"]
+    plain.database.bounce()
     with monkeypatch.context() as patched:
         patched.setattr(
             "ansible_collections.hsm.tde.plugins.module_utils.engines.oracle.act.Acts.check_credential", lambda *dummy: None
         )
-        assert refused(lambda: site.keystore(("softcard", "one", "Softcard-9"))) == "oracle_master_key_unreachable"
-    assert memos.read(site.state, "main").change is not None
-    site.database.bounce()
-    site.until_done(CHANGED)
-    assert site.read() == "content"
+        assert refused(lambda: plain.keystore(("softcard", "one", "Softcard-9"))) == "oracle_master_key_unreachable"
+    assert memos.read(plain.state, "main").change is not None
+    plain.database.bounce()
+    plain.until_done(CHANGED)
+    assert plain.read() == "content"
 
 
 def test_a_keystore_with_auto_login_is_closed_and_stays_so_until_it_is_opened(site: Site) -> None:
-    site.encrypted(**AUTO)
     assert site.keystore(None, state="closed", **AUTO).changed
     assert not site.keystore(None, state="closed", **AUTO).changed
     assert site.read() in ("ORA-28365", "ORA-28374")
@@ -267,7 +281,7 @@ def test_a_keystore_with_auto_login_is_closed_and_stays_so_until_it_is_opened(si
 
 def test_a_secret_that_is_there_already_is_replaced(site: Site) -> None:
     """Killed between the statement and its memory, or put there by hand."""
-    site.encrypted(external_store=True, **AUTO)
+    site.until_done(SOFT, external_store=True, **AUTO)
     memo = memos.read(site.state, "main")
     memos.write(site.state, "main", memo.__class__(**{**memo.__dict__, "external": "", "secret": ""}))
     site.keystore(SOFT, external_store=True, **AUTO)

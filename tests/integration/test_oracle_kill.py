@@ -23,7 +23,7 @@ AUTO: dict[str, t.Any] = {"auto_login": True, "software_passphrase": SOFTWARE}
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Iterator[Site]:
     monkeypatch.setenv("ORACLEDB_STANDIN", str(tmp_path / "oracle"))
-    oracle.quick_reads(monkeypatch)
+    oracle.quick(monkeypatch)
     with oracle.site(tmp_path) as found:
         yield found
 
