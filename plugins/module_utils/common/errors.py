@@ -801,6 +801,12 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "Another change of the keystore's credential or protection was begun and is not finished.",
         "Wish for what was begun again: it goes on where it stopped.",
     ),
+    "oracle_client_missing": ErrorCode(
+        "absent",
+        "Thick mode was wished for, and Oracle's client libraries do not load on the target.",
+        "Install Oracle's client, name its folder in oracle.client_directory and see that the system's loader finds it, or leave oracle.thick"
+        " and log in with login_host, login_user and login_password.",
+    ),
     "oracle_containers_behind": ErrorCode(
         "locked", "A pluggable database is closed and would be left behind.", "Open it, then run again."
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import typing as t
 
 from ...common.errors import TdeError
@@ -44,23 +45,43 @@ _CODES: dict[str, tuple[str, str]] = {
     "ORA-01109": ("oracle_containers_behind", "the PDB is not open"),
     "ORA-01033": ("server_starting", "is starting or stopping"),
     "DPY-4024": ("timeout", "gave no answer in the time allowed, as when packets to the HSM are lost"),
-    "DPI-1067": ("timeout", "gave no answer in the time allowed, as when packets to the HSM are lost"),
+    "DPY-6001": ("server_down", "the listener does not know the service"),
+    "DPY-6003": ("server_down", "the listener does not know the service"),
+    "ORA-12514": ("server_down", "the listener does not know the service"),
+    "DPI-1047": ("oracle_client_missing", "thick mode needs Oracle's client libraries, and they do not load"),
+    "DPI-1072": ("oracle_client_missing", "thick mode needs newer client libraries of Oracle"),
 }
-_DOWN = re.compile(r"ORA-(03113|03114|12\d{3}|01034|01089|00028)|DPY-(4011|60\d\d)|DPI-1080")
+_DOWN = re.compile(r"ORA-(03113|03114|12\d{3}|01034|01089|00028)|DPY-(4011|60\d\d)")
+#: Nothing says where the database is: no such alias, no address, nothing that can be parsed, or the local one, which thin mode knows not.
+_NOWHERE = re.compile(r"DPY-(2049|3001|4000|4017|4018|4026|4027)|ORA-12154")
+#: Why there is no connection: the driver says DPY-6005 for every reason, and the reason's own number on the next line.
+_REASON = re.compile(r"\n(DPY-\d{4}):")
 
 
 def failure(exc: BaseException, obj: str) -> TdeError:
     """What server or driver answered, by its number alone."""
     reason = exc.args[0] if exc.args else None
     full = str(getattr(reason, "full_code", "") or "")
-    code, said = _CODES.get(full, ("server_failed", "the statement failed"))
-    if _DOWN.fullmatch(full):
+    if full == "DPY-6005" and (inner := _REASON.search(str(reason))):
+        full = inner.group(1)
+    then = _NEXT.get(full, "")
+    if isinstance(exc, OSError):
+        # A name that cannot be resolved; all other trouble of the network comes as the driver's own error.
+        code, said = "server_down", "its host is not known"
+    elif full in _CODES:
+        code, said = _CODES[full]
+    elif _DOWN.fullmatch(full):
         code, said = "server_down", "does not answer, or ended the session"
+    elif _NOWHERE.fullmatch(full):
+        code, said = "invalid_option", "nothing says where it is"
+        then = "Give login_host, or in oracle.service a whole connect string."
+    else:
+        code, said = "server_failed", "the statement failed"
     return TdeError(
         code,
         f"{said} ({full or type(exc).__name__})",
         obj=obj,
-        next_step=_NEXT.get(full, ""),
+        next_step=then,
         kept="What was done before it stays done.",
     )
 
@@ -72,6 +93,7 @@ _NEXT = {
     "DPY-4001": "Give login_user and login_password, or use oracle.thick as a user of the group that may.",
     "ORA-28353": "Check the credential (nshield_info tells what there is) and that an HSM answers; after a change of the credential, restart.",
     "DPY-4024": "Check the HSM and the way to it, then run again: it goes on where it stopped.",
+    **dict.fromkeys(("DPY-6001", "DPY-6003", "ORA-12514"), "Start the database, or correct oracle.service."),
 }
 
 
@@ -90,8 +112,8 @@ class Database:
 
         :raises TdeError: the server's answer by its number.
         """
-        self._raw.call_timeout = int((seconds or self._options.call_timeout) * 1000)
         try:
+            self._raw.call_timeout = int((seconds or self._options.call_timeout) * 1000)
             with self._raw.cursor() as cursor:
                 cursor.execute(statement)
                 return t.cast(Rows, cursor.fetchall()) if statement.startswith("SELECT") else []
@@ -175,7 +197,8 @@ def where(connection: Connection, options: Options) -> str:
 def connect(connection: Connection, options: Options) -> t.Iterator[Database]:
     """A session in the root container.
 
-    :raises TdeError: ``library_missing``, ``credential_missing``, ``server_down``, ``server_refused``.
+    :raises TdeError: ``library_missing``, ``oracle_client_missing``, ``credential_missing``, ``invalid_option``, ``server_down``,
+        ``server_refused``, ``timeout``.
     """
     try:
         import oracledb
@@ -194,7 +217,7 @@ def connect(connection: Connection, options: Options) -> t.Iterator[Database]:
             obj=obj,
             next_step="Give them. At boot nobody logs in: with oracle.auto_login the keystore opens by itself.",
         )
-    modes = {"sysdba": oracledb.AUTH_MODE_SYSDBA, "syskm": oracledb.AUTH_MODE_SYSKM, "none": oracledb.AUTH_MODE_DEFAULT}
+    modes = {"sysdba": oracledb.AUTH_MODE_SYSDBA, "syskm": oracledb.AUTH_MODE_SYSKMT, "none": oracledb.AUTH_MODE_DEFAULT}
     given: dict[str, t.Any] = {"mode": modes[options.privilege]}
     if connection.host:
         given["dsn"] = f"{connection.host}:{connection.port or 1521}/{options.service}"
@@ -205,14 +228,40 @@ def connect(connection: Connection, options: Options) -> t.Iterator[Database]:
     try:
         if options.thick:
             oracledb.init_oracle_client(lib_dir=options.client_directory)
-        opened = oracledb.connect(tcp_connect_timeout=CONNECT_SECONDS, **given)
-    except oracledb.Error as exc:
+        opened = _limited(lambda: oracledb.connect(tcp_connect_timeout=CONNECT_SECONDS, **given), options.call_timeout, obj)
+    except (oracledb.Error, OSError) as exc:
         raise failure(exc, obj) from None
     try:
         yield Database(opened, options, oracledb.Error)
     finally:
         with contextlib.suppress(oracledb.Error):
             opened.close()
+
+
+def _limited(act: t.Callable[[], t.Any], seconds: float, obj: str) -> t.Any:
+    """A login within a time: the driver's own limit ends with the connection to the listener, and a server that takes it and is silent
+    would be waited for without end.
+
+    :raises TdeError: ``timeout``; what the act raises.
+    """
+    found: list[t.Any] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(act())
+        except BaseException as exc:
+            failed.append(exc)
+
+    # The process does not wait for it at its end.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TdeError("timeout", f"took the connection and was silent for {seconds:g} seconds", obj=obj)
+    return found[0]
 
 
 # --- statements. A credential was judged before (hsm/credential.py): it holds no quote.
