@@ -240,6 +240,26 @@ def test_protection_changes(host: Host, rows: str) -> None:
         assert host.server.sql(QUERY) == rows
 
 
+def test_keys_in_memory_that_the_store_lacks_are_the_only_copy(host: Host) -> None:
+    """The state directory is lost, or not mounted: a new store's keys took the place of the server's in memory."""
+    slots = [{"name": name, "protection": "passphrase", "passphrase": f"{PASSPHRASE} {name}"} for name in ("primary", "recovery")]
+    content, away = (host.keys / "keys").read_bytes(), host.state.with_name("away")
+    host.state.rename(away)
+    try:
+        host.refused("tde_keystore", "keystore_unreachable", keyslots=slots)
+        assert not (host.state / "store").exists()
+    finally:
+        shutil.rmtree(host.state, ignore_errors=True)
+        away.rename(host.state)
+    assert (host.keys / "keys").read_bytes() == content
+    # As if the store were of before the last key was made.
+    (host.keys / "keys").write_bytes(content + b"# since 1.000\n99;" + b"ab" * 32 + b"\n")
+    host.refused("tde_keystore", "keystore_unreachable", state="open")
+    host.refused("tde_keystore", "keystore_unreachable", state="closed", force=True)
+    (host.keys / "keys").write_bytes(content)
+    assert not host.run("tde_keystore", state="open")["changed"]
+
+
 def test_a_missing_or_wrong_key_stops_the_start(host: Host, rows: str) -> None:
     host.refused("tde_keystore", "server_running", state="closed")
     host.server.stop()

@@ -217,9 +217,32 @@ def test_the_settings_of_a_server_keep_its_cipher_and_end_its_password() -> None
     assert b"filekey" not in conf.render("main", plan.include_wish(OPTIONS, FIRST))
 
 
+@pytest.mark.parametrize(
+    ("memory", "store", "refused"),
+    [
+        ({}, {1: "a"}, False),
+        ({1: "a"}, {1: "a", 2: "b"}, False),
+        # A damaged line, among others of ours.
+        ({1: "x", 2: "b"}, {1: "a", 2: "b"}, False),
+        ({1: "x"}, {1: "a"}, True),
+        ({1: "a"}, {}, True),
+        ({1: "a", 2: "b"}, {1: "a"}, True),
+    ],
+)
+def test_keys_that_are_in_memory_only_are_left_there(memory: dict[int, str], store: dict[int, str], refused: bool) -> None:
+    here = dataclasses.replace(state(), keys=keyfile.KeyFile(memory, dict.fromkeys(memory, 0.0)))
+    keys = [Key(f"key.{number}.t{number}", check, ()) for number, check in store.items()]
+    if not refused:
+        plan.check_memory("main", here, keys)
+        return
+    with pytest.raises(TdeError) as caught:
+        plan.check_memory("main", here, keys)
+    assert caught.value.code == "keystore_unreachable"
+
+
 def test_a_server_gets_our_keys_once_all_of_its_own_are_in_the_store() -> None:
     keys = [Key("key.1.system", "a", ()), Key("key.5.default", "b", ())]
-    here = state(on_file("/theirs"), include=None, former=former.Lying("c", False))
+    here = dataclasses.replace(state(on_file("/theirs"), include=None, former=former.Lying("c", False)), keys=None)
     assert actions(plan.delivery(AFTER, "main", here, keys))[:2] == ["write_key_file", "write_include"]
     for options_, looked, there in (
         (AFTER, here, keys[:1]),

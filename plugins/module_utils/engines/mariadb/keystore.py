@@ -62,6 +62,8 @@ class Keystore:
             ring.look()
             state = engine.state()
             acts.access = state.access
+            # Before keys are made that are not the server's.
+            plan.check_memory(engine.request.cluster, state, ring.keys)
             self._take(ring, state)
             update = wish.slots is not None and wish.update
             if update:
@@ -186,6 +188,7 @@ class Keystore:
             state = engine.state(ask=False)
             steps: Plan = []
             if state.mounted:
+                plan.check_memory(engine.request.cluster, state, ring.keys)
                 if state.process and not self.wish.force:
                     raise TdeError(
                         "server_running",

@@ -63,14 +63,35 @@ def mount(options: Options, state: State) -> Plan:
     return [Step("mount_key_directory", options.key_directory, "a file system in memory that is never swapped out", data)]
 
 
+def check_memory(cluster: str, state: State, keys: t.Sequence[Key]) -> None:
+    """Refuse to replace, or take away, keys in memory that the store does not have: they are the only copy.
+
+    One that differs from the store's where others are its own is a damaged line, which is put right.
+
+    :raises TdeError: ``keystore_unreachable``.
+    """
+    there = state.keys.checks if state.keys else {}
+    stored = {name.number: key.check_value for key in keys if (name := keyfile.parse_name(key.key_id))}
+    missing = sorted({*there} - {*stored} if {*there.items()} & {*stored.items()} else there)
+    if missing:
+        raise TdeError(
+            "keystore_unreachable",
+            f"lacks key {', '.join(map(str, missing))}, which the server was given: it is in memory only",
+            obj=f"store of cluster {cluster}",
+            kept="The keys in memory stay as they are.",
+            next_step="Mount the state directory's file system, or restore it from a backup; until then neither stop the host nor close the keystore.",
+        )
+
+
 def delivery(options: Options, cluster: str, state: State, keys: t.Sequence[Key], coming: t.Sequence[Name] = ()) -> Plan:
     """The steps that give the server its keys and settings, the key directory being mounted.
 
     :param coming: data keys that the steps before make.
-    :raises TdeError: ``server_down``, ``encryption_foreign``, ``file_foreign``, ``engine_unsupported``: before the server's
-        settings are ours it must say that nobody else encrypts it.
+    :raises TdeError: ``keystore_unreachable``; ``server_down``, ``encryption_foreign``, ``file_foreign``, ``engine_unsupported``:
+        before the server's settings are ours it must say that nobody else encrypts it.
     """
     plan: Plan = []
+    check_memory(cluster, state, keys)
     names = keyfile.names([*(key.key_id for key in keys), *(name.key_id for name in coming)])
     wished = {name.number: key.check_value for key in keys for name in [keyfile.parse_name(key.key_id)] if name}
     if options.former and former.works_with(state.answer) == options.former.path:
