@@ -124,8 +124,9 @@ options:
     description:
       - Options of the engine V(keycommand).
       - What a task leaves out is taken from the cluster's record on the target, once there is one.
-      - Everything with the token and the wrapped secret is done as O(keycommand.os_user), in a state directory of that user's beside
-        O(state_directory). With C(pin_source) of kind V(file) the PIN's file is that user's, mode 0400.
+      - Everything with the token, the KMIP server and the wrapped secret is done as O(keycommand.os_user), in a state directory of that
+        user's beside O(state_directory). With C(pin_source) of kind V(file) the PIN's file is that user's, mode 0400. So is the file
+        O(kmip_certificate_key).
     type: dict
     suboptions:
       kind:
@@ -159,6 +160,7 @@ options:
         description:
           - Take a key of the wished label that the token has already as the cluster's master key; for the further nodes of a cluster on a
             shared HSM, each of which rotates its own copy of the wrapped secret. It must be AES, made in the token and never extractable.
+          - At a KMIP server likewise, for nodes that show it the same certificate. It must be an active AES key of 256 bits, which is tried out.
           - Without it such a key is an error.
         type: bool
   fep:
@@ -365,8 +367,8 @@ options:
   oracle:
     description:
       - Options of the engine V(oracle). What a task leaves out is taken from the cluster's record on the target, once there is one.
-      - It needs python-oracledb 2 or newer in the Python that runs the modules. The role P(hsm.tde.prerequisites#role) does not install it, since there
-        are wheels for x86_64 and aarch64 only.
+      - It needs python-oracledb 2 or newer in the Python that runs the modules. The role P(hsm.tde.prerequisites#role) installs it where there are
+        wheels, on x86_64 and aarch64. Elsewhere build it yourself.
       - The only keyslot is V(primary). Its protection is V(passphrase) for the software keystore, or V(module), V(softcard) or V(ocs), the last two with the
         name of the softcard or card set in C(token_label). O(passphrase) is that of the present credential, the keyslot's own that of the wished one.
       - A credential is judged by all rules of Oracle and nShield, and tried on the HSM, before a statement is sent with it, because one that is mistyped
