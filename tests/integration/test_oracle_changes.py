@@ -4,21 +4,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import typing as t
 from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
-from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import act
 from ansible_collections.hsm.tde.plugins.module_utils.engines.oracle import memo as memos
-from ansible_collections.hsm.tde.tests.integration import nshield, oracle, support
+from ansible_collections.hsm.tde.tests.integration import nshield, oracle
 from ansible_collections.hsm.tde.tests.integration.oracle import NEW, OLD, SOFTWARE, Site, Slot
 
 pytestmark = pytest.mark.root
 
-AUTO: dict[str, t.Any] = {"auto_login": True, "software_passphrase": SOFTWARE}
 CHANGED: Slot = ("softcard", "one", NEW)
 
 
@@ -30,90 +26,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t.Iterator[Site]:
         yield found
 
 
-def _killed(site: Site, noted: int, slot: Slot, **options: t.Any) -> bool | None:
-    """One run, killed after an act is noted, or with 0 after the first one, before it is noted.
-
-    :param noted: how many acts it may do. :returns: None if it was killed, else restart_required.
-    """
-
-    def run() -> bool:
-        plain = act.Acts.handlers
-        acts: list[str] = []
-
-        def handlers(self: act.Acts) -> t.Any:
-            def wrapped(handler: t.Callable[[t.Any], None]) -> t.Callable[[t.Any], None]:
-                def one(step: t.Any) -> None:
-                    if noted and len(acts) == noted:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    handler(step)
-                    acts.append(step.action)
-                    if not noted:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-                return one
-
-            return {name: wrapped(handler) for name, handler in plain(self).items()}
-
-        act.Acts.handlers = handlers  # type: ignore[method-assign]
-        return bool(site.keystore(slot, **options).facts["restart_required"])
-
-    try:
-        return support.in_child(run)
-    except support.ChildFailed:
-        return None
-
-
 def _in_order(found: t.Sequence[str], wanted: t.Sequence[str]) -> bool:
     """Whether the wanted beginnings stand in this order among the found."""
     rest = iter(found)
     return all(any(word in line for line in rest) for word in wanted)
-
-
-GUIDE = (
-    "ALTER PLUGGABLE DATABASE ALL OPEN",
-    "SET KEYSTORE CLOSE",
-    "ppmk --change",
-    "-- bounce",
-    "ALTER PLUGGABLE DATABASE ALL OPEN",
-    "SET KEYSTORE OPEN",
-    "SECRET '***' FOR CLIENT 'HSM_PASSWORD'",
-    "CREATE AUTO_LOGIN KEYSTORE",
-)
-
-
-def _journal(site: Site, since: float) -> list[str]:
-    """What database and token tools did, in order of time."""
-    entries = [(entry["time"], entry["statement"]) for entry in site.database.entries()]
-    for entry in site.hsm.hsm.journal():
-        if entry.get("command"):
-            entries.append((entry["time"], " ".join([entry["command"], *entry["arguments"]])))
-    return [text for when, text in sorted(entries) if when > since]
-
-
-@pytest.mark.slow
-def test_a_passphrase_change_killed_at_each_step_ends_in_the_guides_order(site: Site) -> None:
-    site.encrypted(**AUTO)
-    site.database.close_pdb("PDB1")
-    since = site.database.entries()[-1]["time"]
-    kills = 0
-    for number in range(40):
-        answer = _killed(site, number % 3, CHANGED, **AUTO)
-        kills += answer is None
-        if answer:
-            site.database.bounce()
-        elif answer is False:
-            break
-    assert kills >= 8
-    assert _in_order(_journal(site, since), GUIDE), "\n".join(_journal(site, since))
-    assert sum("ppmk --change" in line for line in _journal(site, since)) == 1
-    assert site.read() == "content"
-    assert not site.keystore(CHANGED, **AUTO).changed
-    assert not site.keystore(None, NEW, state="open", **AUTO).changed
-    assert any("Security World" in line for line in site.keystore(CHANGED, **AUTO).facts["backups_need"])
-    # An unplanned restart: nobody opens anything, but the PDBs.
-    site.database.bounce()
-    site.open_pdbs()
-    assert site.read() == "content"
 
 
 def test_check_mode_shows_every_step_and_does_none(site: Site) -> None:
@@ -218,28 +134,6 @@ def test_where_nothing_is_encrypted_the_credential_is_replaced_and_new_keys_are_
     assert [step.action for step in site.master_key(NEW).plan] == ["set_key"] * 2 + ["verify_protection"]
     assert {key["token"] for key in site.hsm.a.keys().values()} == set(site.hsm.a.softcards())
     assert not site.keystore(target).changed
-
-
-@pytest.mark.slow
-def test_the_safe_way_round_killed_at_each_step_ends_with_readable_data(site: Site) -> None:
-    site.encrypted(**AUTO)
-    cards = site.hsm.a.create_cardset("cards", NEW, quorum=(1, 2))
-    site.hsm.hsm.insert(f"{cards}:1")
-    target: Slot = ("ocs", "cards", NEW)
-    kills = 0
-    for number in range(60):
-        answer = _killed(site, number % 3, target, safe_way_round=True, **AUTO)
-        kills += answer is None
-        if answer:
-            site.database.bounce()
-        elif answer is False:
-            break
-    assert kills >= 8
-    assert site.read() == "content"
-    assert not site.keystore(target, **AUTO).changed
-    site.database.bounce()
-    site.open_pdbs()
-    assert site.read() == "content"
 
 
 @pytest.mark.slow
