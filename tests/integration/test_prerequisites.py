@@ -50,7 +50,9 @@ def test_made_once_remade_when_broken_and_never_left_without(tmp_path: Path) -> 
     said, changed = play(tmp_path)
     assert changed > 0, said
     python = tmp_path / "made/venv/bin/python"
-    subprocess.run([str(python), "-I", "-c", "import pkcs11, cryptography, psycopg"], check=True, timeout=30)
+    subprocess.run(
+        [str(python), "-I", "-c", "import pkcs11, cryptography, psycopg, pymysql, kmip, oracledb"], check=True, timeout=30
+    )
     others = [
         path
         for path in (tmp_path / "made").rglob("*")
@@ -70,7 +72,9 @@ def test_made_once_remade_when_broken_and_never_left_without(tmp_path: Path) -> 
 
     said, changed = play(tmp_path)
     assert changed > 0, said
-    subprocess.run([str(python), "-I", "-c", "import pkcs11, cryptography, psycopg"], check=True, timeout=30)
+    subprocess.run(
+        [str(python), "-I", "-c", "import pkcs11, cryptography, psycopg, pymysql, kmip, oracledb"], check=True, timeout=30
+    )
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["venv"]
 
 

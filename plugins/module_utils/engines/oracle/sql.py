@@ -207,7 +207,7 @@ def connect(connection: Connection, options: Options) -> t.Iterator[Database]:
             "library_missing",
             "this Python has no oracledb",
             obj="the target's Python",
-            next_step="Install python-oracledb 2 or newer for it (/opt/hsm-tde/venv/bin/pip install oracledb), or set ansible_python_interpreter.",
+            next_step="Run the role hsm.tde.prerequisites; where it brings none (not x86_64, not aarch64), install python-oracledb 2 or newer for it.",
         ) from None
     obj = where(connection, options)
     if not options.thick and (connection.user is None or connection.password is None):
