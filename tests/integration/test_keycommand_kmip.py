@@ -10,9 +10,11 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 import typing as t
 
 import pytest
+from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import KmipAccess, kmip_access
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.tests.integration import killing, postgres, support
@@ -33,7 +35,7 @@ pytestmark = [
     ),
 ]
 
-FEW, MANY = 4, 50
+FEW, MANY = 3, 50
 SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
 NO_TOKEN: dict[str, t.Any] = {"library": None, "library_environment": {}, "token_label": None, "pin": None}
 AT_KMIP = [{"name": "primary", "protection": "kmip"}, RECOVERY]
@@ -107,6 +109,7 @@ def test_edb_s_key_is_made_under_kmip_rotated_and_moved_to_a_token_and_back(edb:
     assert '"as_user":' in acts.replace(": ", ":")
 
 
+@pytest.mark.slow
 def test_a_keyslot_of_each_and_either_gives_the_key(edb: Edb, kmip_server: KmipServer) -> None:
     slots = [*AT_KMIP, {"name": "near", "protection": "token"}]
     edb.initdb(edb.keystore(**edb.kmip, keyslots=slots))
@@ -135,6 +138,7 @@ def test_a_keyslot_of_each_and_either_gives_the_key(edb: Edb, kmip_server: KmipS
     assert edb.starts()
 
 
+@pytest.mark.slow
 def test_a_standby_takes_the_master_key_that_the_first_node_made(edb: Edb, kmip_server: KmipServer) -> None:
     """The second node: its own state and files, the same client of the service, the primary's data directory."""
     edb.initdb(edb.keystore(**edb.kmip, keyslots=AT_KMIP))
@@ -165,6 +169,20 @@ def test_a_standby_takes_the_master_key_that_the_first_node_made(edb: Edb, kmip_
 # --- killed
 
 
+class Patient(killing.AtRandom):
+    """The user's child of a killed task holds the lock for as long as it works: the next task begins after it."""
+
+    def _begin(self, work: killing.Task) -> bool:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return super()._begin(work)
+            except TdeError as exc:
+                if exc.code != "busy" or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+
 def preload() -> None:
     killing.preload()
     ours = "ansible_collections.hsm.tde.plugins.module_utils"
@@ -178,7 +196,7 @@ def kill_and_finish(edb: Edb, count: int) -> None:
     source = {"kind": "file", "path": str(edb.host.pin_file)}
     edb.initdb(edb.keystore())
     edb.keystore()
-    kills, number, way = killing.AtRandom("migration of key.bin", SEED), 0, "token"
+    kills, number, way = Patient("migration of key.bin", SEED), 0, "token"
     labels = {"token": "hsm-tde.main", "kmip": "hsm-tde.main"}
     try:
         while kills.killed < count:
@@ -196,11 +214,11 @@ def kill_and_finish(edb: Edb, count: int) -> None:
             assert not again["changed"], again["plan"]
             assert edb.slots() == {"primary": way, "recovery": "passphrase"}
             assert again["data_keys"]["main"]["keyslots"]["primary"].startswith(f"{labels[way]} ")
-            assert edb.starts(), number
             killing.no_leftovers(edb.host.home)
             assert max(edb.keks(labels["kmip"], "hsm-tde.main")) <= 1, "a KEK was made twice"
             record = json.loads((edb.host.home / "state.users/clusters/main.json").read_text())
             assert (len(record["tokens"]), len(record["kmip"])) == ((0, 1) if way == "kmip" else (1, 0))
+        assert edb.starts()
         killing.no_secret([RECOVERY_PASSPHRASE.encode()], edb.host.home)
     finally:
         print(kills)

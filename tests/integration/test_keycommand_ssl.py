@@ -253,8 +253,8 @@ def test_the_secret_moves_to_a_kmip_server_is_rotated_there_and_comes_back(stopp
     ("how", "says"),
     [
         ("down", "kmip_unreachable"),
-        ("slow", "kmip_timeout"),
-        ("expired", "kmip_client_certificate_expired"),
+        pytest.param("slow", "kmip_timeout", marks=pytest.mark.slow),
+        pytest.param("expired", "kmip_client_certificate_expired", marks=pytest.mark.slow),
         pytest.param("authority", "kmip_ca_mismatch", marks=pytest.mark.slow),
         pytest.param("destroyed", "key_unreachable", marks=pytest.mark.slow),
         pytest.param("unreadable", "permission_denied", marks=pytest.mark.slow),
@@ -297,7 +297,7 @@ def test_without_the_kmip_server_the_server_says_why_it_does_not_start(
             kmip_server.resume()
 
 
-@pytest.mark.parametrize("how", ["root's own", "readable for others"])
+@pytest.mark.parametrize("how", ["root's own", pytest.param("readable for others", marks=pytest.mark.slow)])
 def test_a_certificate_that_is_not_the_server_user_s_own_is_refused(stopped: TlsHost, kmip_server: KmipServer, how: str) -> None:
     host, options = stopped.host, stopped.host.kmip(kmip_server)
     key = Path(options["kmip_certificate_key"])

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not support.softhsm_library(), reason="needs root and SoftHSM"),
 ]
 
-FEW, MANY = 4, 50
+FEW, MANY = 3, 50
 SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
 
 SECRET = "marker-of-the-wrapped-secret"

@@ -13,7 +13,7 @@ import typing as t
 from pathlib import Path
 
 import pytest
-from ansible_collections.hsm.tde.plugins.module_utils.command import keycommands
+from ansible_collections.hsm.tde.plugins.module_utils.command import credentials, keycommands
 from ansible_collections.hsm.tde.plugins.module_utils.common import plan as plans
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.files import make_owned_directory
@@ -29,7 +29,8 @@ from ansible_collections.hsm.tde.plugins.module_utils.engines.keycommand.secret 
     CarriedSecret,
     secret_path,
 )
-from ansible_collections.hsm.tde.plugins.module_utils.engines.record import Record
+from ansible_collections.hsm.tde.plugins.module_utils.engines.record import Record, Token
+from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import KmipAccess
 
 ME = pwd.getpwuid(os.geteuid())
 
@@ -238,3 +239,29 @@ def test_a_cluster_without_a_record_and_a_damaged_one(side: userside.UserSide) -
     assert userside.is_published(side.state, "main")
     Path(side.state.published_record("main")).write_text(json.dumps({"version": 7}))
     assert refusal(lambda: userside.entered(side.state, "main")) == "record_damaged"
+
+
+def test_kmip_servers_get_less_time_than_the_command_has() -> None:
+    three = KmipAccess("kmip", ("a", "b", "c"), "/ca", "/certificate", "/key")
+    own = keycommands.Own(
+        Record("main", "keycommand", kmip=(three, dataclasses.replace(three, service="other"))), StateDirectory("/x")
+    )
+    assert own.services(()) == []
+    assert [one.service for one in own.services({"other"})] == ["other"]
+    # The service goes by another name where the file comes from.
+    found = own.services({"elsewhere"})
+    assert [one.service for one in found] == ["kmip", "other"]
+    assert sum(one.timeout * len(one.servers) for one in found) < keycommands.SECONDS
+    quick = dataclasses.replace(three, timeout=0.5)
+    assert keycommands.Own(Record("main", "keycommand", kmip=(quick,)), StateDirectory("/x")).services({"kmip"}) == [quick]
+
+
+def test_a_service_needs_no_pin_and_a_pin_that_cannot_be_had_does_not_keep_from_it(tmp_path: Path) -> None:
+    service = KmipAccess("kmip", ("a",), "/ca", "/certificate", "/key")
+    token = Token("/usr/lib/p11.so", {}, "demo", "1")
+    on = [credentials.TokenName("demo", "1")]
+    for source in ({"kind": "none"}, {"kind": "file", "path": str(tmp_path / "absent")}):
+        record = Record("main", "keycommand", tokens=(token,), kmip=(service,), pin_source=source)
+        own = keycommands.Own(record, StateDirectory("/x"))
+        assert own.tries(on, credentials.Given(), [service]) == [credentials.Credential()]
+        assert refusal(lambda own=own: own.tries(on, credentials.Given())) in ("pin_source_missing", "file_absent")  # type: ignore[misc]
