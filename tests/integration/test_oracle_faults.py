@@ -108,6 +108,28 @@ def test_a_pdb_that_closes_while_all_are_opened_is_named_and_opened_by_the_next_
     assert plain.read() == "content"
 
 
+def test_a_pdb_that_closes_while_master_keys_are_set_gets_its_own_by_the_next_run(plain: Site) -> None:
+    keys = len(plain.hsm.a.keys())
+    plain.database.fault("closes", {"at": "SET KEY USING", "pdb": "PDB1"})
+    assert refused(lambda: plain.master_key(tag="2")) == "oracle_containers_behind"
+    assert refused(lambda: plain.master_key(tag="2")) == "oracle_containers_behind"
+    plain.open_pdbs()
+    plain.keystore(None, state="open")
+    assert [step.obj for step in plain.master_key(tag="2").plan][:1] == ["master key hsm-tde.main.2 of PDB1"]
+    assert len(plain.hsm.a.keys()) == keys + 2
+    assert plain.read() == "content"
+
+
+@pytest.mark.parametrize("statement", [pytest.param("REVERSE MIGRATE", marks=pytest.mark.slow), "KEYSTORE MIGRATE USING"])
+def test_a_pdb_that_closes_while_its_master_key_goes_the_safe_way_round(site: Site, statement: str) -> None:
+    """The root's goes first, and the PDB closes at that moment."""
+    target: Slot = ("ocs", "cards", NEW)
+    site.database.fault("closes", {"at": statement, "pdb": "PDB1"})
+    assert change_until_it_fails(site, target, safe_way_round=True) == "oracle_containers_behind"
+    mended(site, target, safe_way_round=True)
+    assert {key["protection"] for key in site.hsm.a.keys().values()} == {"softcard", "ocs"}
+
+
 def test_what_is_encrypted_in_a_closed_pdb_is_not_lost_by_a_change_without_transfer(plain: Site) -> None:
     """A closed PDB shows none of its tablespaces."""
     plain.database.close_pdb("PDB1")

@@ -194,3 +194,49 @@ def test_a_change_killed_before_and_after_each_act_is_ended_by_the_next_run(
     site: Site, tmp_path: Path, name: str, power_cut: bool
 ) -> None:
     _killed_everywhere(site, tmp_path, name, power_cut=power_cut)
+
+
+def _set_up(site: Site, log: Path, deadly: tuple[int, bool] | None) -> None:
+    """From nothing to an encrypted tablespace under a second master key, as the roles go.
+
+    :raises oracle.Killed: as ordered.
+    """
+
+    def work() -> bool:
+        if site.keystore(oracle.SOFT, **AUTO).facts["restart_required"]:
+            return True
+        site.master_key()
+        site.tablespace("PDB1.USERS")
+        site.master_key(tag="2")
+        return False
+
+    while oracle.in_process(work, log, deadly):
+        site.database.bounce()
+        site.open_pdbs()
+
+
+@pytest.mark.slow
+def test_setting_up_and_a_rotation_killed_before_and_after_each_act(site: Site, tmp_path: Path) -> None:
+    site.database.add_tablespace("PDB1", "USERS", "content")
+    site.state.create()
+    saved = oracle.Saved(site, tmp_path / "saved")
+    _set_up(site, tmp_path / "log", None)
+    acts = oracle.Acts(tmp_path / "log", None).words()
+    moments = [(number, after) for number in range(len(acts)) for after in (False, True)]
+    for number, after in moments:
+        saved.back()
+        with pytest.raises(oracle.Killed):
+            _set_up(site, tmp_path / f"log.{number}.{after}", (number, after))
+        try:
+            _set_up(site, tmp_path / "rest", None)
+            # Each of the two containers has a key a tag, and not one more.
+            assert len(site.hsm.a.keys()) == 4
+            assert site.protections() == {"softcard"}
+            assert not site.keystore(oracle.SOFT, **AUTO).changed
+            assert not site.master_key(tag="2").changed
+            site.database.bounce()
+            site.open_pdbs()
+            assert site.read() == "content"
+        except Exception as exc:
+            raise AssertionError(f"killed {'after' if after else 'before'} {number} {acts[number]}: {exc!r}") from exc
+    print(f"setting up: {len(acts)} acts, {len(moments)} kills")
