@@ -200,5 +200,5 @@ def test_another_pin_and_another_master_key(host: linuxone.LinuxOne) -> None:
 
 
 @pytest.mark.slow
-def test_every_block_was_run() -> None:
-    assert [f"line {block.line}: {block.text}" for block in PAGE.blocks if block not in PAGE.ran] == []
+def test_every_block_was_run(host: linuxone.LinuxOne) -> None:
+    assert [f"line {block.line}: {block.text}" for block in host.page.blocks if block not in host.page.ran] == []
