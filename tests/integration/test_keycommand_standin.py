@@ -13,6 +13,7 @@ import stat
 import subprocess
 import time
 import typing as t
+from pathlib import Path
 
 import pytest
 from ansible_collections.hsm.tde.tests.integration import postgres, support
@@ -209,3 +210,18 @@ def test_a_rotation_killed_at_any_moment_leaves_a_key_that_opens(edb: Cluster, s
     assert last["data_keys"]["main"]["keyslots"]["primary"] == "hsm-tde.main.last in token demo", last
     assert not edb.rotate("last")["changed"]
     assert edb.starts()
+
+
+def test_a_secret_that_does_not_show_is_not_made_anew() -> None:
+    """Another node's master key is taken (adopt_master_key), so only root's memory tells that there was a secret under it."""
+    with postgres.folder() as home:
+        cluster = Cluster(home, "cybertec")
+        cluster.keystore(keycommand={"adopt_master_key": True})
+        users, away = Path(cluster.host.state.users), home / "away"
+        users.rename(away)
+        for check in (True, False):
+            result = cluster.module("tde_keystore", keyslots=SLOTS, check=check)
+            assert result["error_code"] == "keystore_unreachable", result
+        assert not users.exists()
+        away.rename(users)
+        assert not cluster.module("tde_keystore", keyslots=SLOTS)["changed"]

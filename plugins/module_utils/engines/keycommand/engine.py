@@ -125,16 +125,21 @@ class Keycommand(Engine):
         side = self.side()
         wishes = wish.slots if wish.slots is not None else (default_wish(self.request),)
         before = self.record
+        # The user's side may not be mounted: root's own journal tells that there must be a secret.
+        made = any(
+            (entry["action"], entry["cluster"]) == ("create_data_key", self.request.cluster)
+            for entry in Journal(self.request.state.journal).entries()
+        )
         first = [step for step in side.plan(records.Record("", ""), None) if step.action == "make_user_state"]
         if first and not check:
             # What would be refused is refused before the first step.
-            self._work(side, wishes, lambda work: work.keystore(wish, removing=True), True)
+            self._work(side, wishes, lambda work: work.keystore(wish, removing=True, made=made), True)
             plans.run(first, side.handlers(None))
-        steps, facts = self._work(side, wishes, lambda work: work.keystore(wish, removing=check), check)
+        steps, facts = self._work(side, wishes, lambda work: work.keystore(wish, removing=check, made=made), check)
         # The record and the PIN come once they are known to be right, and before anything is taken away.
         steps += self._settle(side, wish, wishes, facts, check)
         if not check and wish.slots is not None and wish.update:
-            removals, after = self._work(side, wishes, lambda work: work.keystore(wish, removing=True), check)
+            removals, after = self._work(side, wishes, lambda work: work.keystore(wish, removing=True, made=made), check)
             steps += [*removals, *self._settle(side, wish, wishes, after, check)]
             facts = {**after, "before": facts["before"], "warnings": facts["warnings"]}
         record = self._recorded(wish, wishes, facts)

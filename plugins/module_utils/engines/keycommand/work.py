@@ -134,10 +134,11 @@ class Work:
 
     # --- the services
 
-    def keystore(self, wish: KeystoreWish, *, removing: bool) -> Facts:
+    def keystore(self, wish: KeystoreWish, *, removing: bool, made: bool) -> Facts:
         """Master key, secret and keyslots as wished.
 
         :param removing: remove keyslots, too: not before the PIN of the new ones is where the server's command finds it.
+        :param made: the host knows that a secret was made, so that one that does not show is none to make anew.
         """
         update = wish.slots is not None and wish.update
 
@@ -150,6 +151,14 @@ class Work:
             if update:
                 later = keyslots.change(ring.keys, wanted, exclusive=wish.exclusive, no_recovery=wish.no_recovery)
             if not ring.keys and not travels(self.options.kind):
+                if made:
+                    raise TdeError(
+                        "keystore_unreachable",
+                        "was made by this host, and does not show",
+                        obj=self._obj,
+                        kept="None was made in its place.",
+                        next_step=f"Mount the file system of {self.request.state.path}, or restore that folder from a backup.",
+                    )
                 if self.options.kind == CYBERTEC:
                     keyslots.demand_recovery(wanted, wish.no_recovery, self._obj)
                 names = [one.name for one in wanted]
