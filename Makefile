@@ -3,7 +3,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)/.collections
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: setup demo demo-clean watched-demo test test-all gates molecule bench docs
+.PHONY: setup demo demo-clean watched-demo test test-all gates molecule fep-hosts bench docs
 
 setup:
 	@.ci/setup
@@ -23,6 +23,11 @@ SCENARIOS ?= default mariadb pg_tde oracle packaged fep
 
 molecule: setup
 	@for scenario in $(SCENARIOS); do molecule test --scenario-name $$scenario || exit 1; done
+
+SUITE ?= trixie
+
+fep-hosts: setup
+	@python tests/hosts/fep.py --suite $(SUITE)
 
 test: setup
 	@.ci/test

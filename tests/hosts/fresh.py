@@ -40,9 +40,9 @@ cd hsm.tde
 """
 
 
-def registries(root: pathlib.Path) -> None:
-    """Let a tree reach the package registries as this machine does."""
-    machine.write(root / "etc/apt/sources.list", machine.sources())
+def registries(root: pathlib.Path, suite: str = machine.SUITE) -> None:
+    """Let a tree of a release reach the package registries as this machine does."""
+    machine.write(root / "etc/apt/sources.list", machine.sources(suite))
     machine.write(root / "etc/apt/apt.conf.d/99machine", machine.apt_options())
     certificates = pathlib.Path("/usr/local/share/ca-certificates")
     if certificates.is_dir():

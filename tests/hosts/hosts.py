@@ -159,6 +159,8 @@ class Group:
                 "hosts": {host.name: {} for host in hosts},
                 "vars": {
                     "ansible_ssh_common_args": f"-F {self.ssh_config}",
+                    # Ansible's own name for a connection that it keeps is made of the host's: another group may have one so named.
+                    "ansible_control_path": f"%(directory)s/{self.name}-%%h",
                     "hosts_command": [sys.executable, __file__, "--directory", str(self.directory)],
                     "hosts_directory": str(self.directory),
                 },

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import typing as t
 
 import hosts
 import machine
@@ -31,17 +32,21 @@ _MIGRATED = '{"migrated": [{"slot": 7, "pin": "13579246", "so_pin": "97531864"}]
 
 
 class Run:
-    """Playbooks against a group of hosts."""
+    """Playbooks against a group of hosts.
 
-    def __init__(self, group: hosts.Group) -> None:
+    :param inventories: of variables of theirs; a later one wins.
+    """
+
+    def __init__(self, group: hosts.Group, inventories: t.Sequence[pathlib.Path] = ()) -> None:
         self._group = group
+        self._inventories = [*inventories, group.directory / "inventory.json"]
 
-    def play(self, *arguments: str, changed: bool | None = None) -> str:
-        """Run the playbook.
+    def play(self, playbook: pathlib.Path, *arguments: str, changed: bool | None = None) -> str:
+        """Run a playbook.
 
         :param changed: whether it must change something; None where either is right.
         """
-        command = ["ansible-playbook", "-i", str(self._group.directory / "inventory.json"), str(_PLAYBOOK), *arguments]
+        command = ["ansible-playbook", *(f"--inventory={path}" for path in self._inventories), str(playbook), *arguments]
         environment = {**os.environ, "ANSIBLE_NOCOLOR": "1"}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=suite.REPOSITORY)
         print(done.stdout[done.stdout.rfind("PLAY RECAP") :], flush=True)
@@ -67,7 +72,7 @@ def main() -> int:
     machine.require()
     libraries = suite.libraries(options.suite)
     if not (libraries / "complete").exists():
-        subprocess.run([sys.executable, suite.__file__, "--suite", options.suite, "--version"], check=True)
+        suite.inside(options.suite, ["true"])
     with tempfile.TemporaryDirectory(dir=machine.CACHE, prefix="roles-") as scratch:
         group = hosts.Group(pathlib.Path(scratch, "hosts"))
         run = Run(group)
@@ -75,20 +80,20 @@ def main() -> int:
             group.up(_NAMES, options.suite, ["opencryptoki"])
             for name in _NAMES:
                 shutil.copytree(libraries, hosts.Host(group, name).root / "opt/libraries", symlinks=True)
-            run.play(changed=True)
-            run.play(changed=False)
-            run.play("--check", "--diff", changed=False)
+            run.play(_PLAYBOOK, changed=True)
+            run.play(_PLAYBOOK, changed=False)
+            run.play(_PLAYBOOK, "--check", "--diff", changed=False)
             first = run.on("db1", "pgrep -x pkcsslotd").split()
             hosts.Host(group, "db1").reboot()
-            run.play(changed=False)
+            run.play(_PLAYBOOK, changed=False)
             # Somebody starts a second one by hand. Where it finds the first one's lock it ends by itself.
             run.on("db1", "/usr/sbin/pkcsslotd || true")
             two = run.on("db1", "pgrep -x pkcsslotd").split()
-            run.play(changed=len(two) > 1)
+            run.play(_PLAYBOOK, changed=len(two) > 1)
             left = run.on("db1", "pgrep -x pkcsslotd").split()
             if run.on("db1", "ls /usr/sbin/pkcstok_migrate || true"):
-                run.play("-e", _MIGRATED, changed=True)
-                run.play("-e", _MIGRATED, changed=False)
+                run.play(_PLAYBOOK, "-e", _MIGRATED, changed=True)
+                run.play(_PLAYBOOK, "-e", _MIGRATED, changed=False)
                 if "3.12" not in run.on("db2", "grep tokversion /etc/opencryptoki/opencryptoki.conf"):
                     raise RuntimeError("the slot does not say tokversion = 3.12")
             if len(first) != 1 or len(left) != 1:
