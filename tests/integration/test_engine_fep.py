@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import typing as t
 from pathlib import Path
 
@@ -81,6 +82,13 @@ def test_what_the_boot_unit_may_do_is_enough_to_see_the_server(file_cluster: Fep
     argv = ["setpriv", f"--bounding-set=-all,{kept}", sys.executable, "-c", code]
     done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=20)
     assert done.stdout.strip() == (file_cluster.server.data / "postmaster.pid").read_text().split()[0], done.stderr
+
+
+def test_a_task_waits_while_the_unit_opens_it(file_cluster: FepEstate) -> None:
+    """After a restart by the role both come at once."""
+    with subprocess.Popen(["flock", str(file_cluster.state / "lock"), "sleep", "2"]):
+        time.sleep(0.2)
+        assert file_cluster.steps("tde_keystore", keyslots=SLOTS) == []
 
 
 def test_it_opens_by_itself_where_that_is_wished(file_cluster: FepEstate) -> None:
