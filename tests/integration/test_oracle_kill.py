@@ -177,6 +177,8 @@ def _killed_everywhere(site: Site, tmp_path: Path, name: str, *, every: int = 1,
             if power_cut:
                 site.database.bounce()
             site.until_done(change.target, change.old, **AUTO, **change.options)
+            # As with SAVE STATE: the change may have been over before the restart.
+            site.open_pdbs()
             sound(site, change, keys, name)
             changes = [line for line in site.journal() if line.startswith(("ppmk --change", "cardpp"))]
             assert len(changes) == (1 if name in ("softcard_passphrase", "cards_passphrase") else 0)
