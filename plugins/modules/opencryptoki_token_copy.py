@@ -37,6 +37,12 @@ options:
   archive:
     description: What the primary returned, with O(state=installed). Not a secret, but long.
     type: str
+  replace:
+    description:
+      - With O(state=installed), destroy keys that the standby's token has and the primary's has not.
+      - Without it, such a token is refused, unless it is as it was installed last.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - hsm.tde.state
 attributes:
@@ -134,7 +140,8 @@ def act(module: TdeModule) -> dict[str, t.Any]:
         outcome = opencryptoki_copy.pack(params["slot"], params["recipient"], state, check_mode=check)
         result["archive"] = outcome.archive
     else:
-        outcome = opencryptoki_copy.install(params["slot"], params["archive"], state, check_mode=check)
+        replace = params["replace"]
+        outcome = opencryptoki_copy.install(params["slot"], params["archive"], state, replace=replace, check_mode=check)
     return {
         **result,
         "changed": bool(outcome.plan),
@@ -154,6 +161,7 @@ def main() -> None:
             "recipient": {"type": "str"},
             # Kept out of the system's log, for its length.
             "archive": {"type": "str", "no_log": True},
+            "replace": {"type": "bool", "default": False},
             **state_options(),
         },
         libraries=("cryptography", "pkcs11"),

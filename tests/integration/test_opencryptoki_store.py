@@ -115,6 +115,30 @@ def test_a_standby_has_the_primarys_keys(
     )
 
 
+def test_keys_of_the_standby_s_own_are_not_written_over(
+    opencryptoki: OpenCryptoki, standby: OpenCryptoki, state: StateDirectory, tmp_path: Path
+) -> None:
+    """The wrong host, or the wrong direction after a failover: both tokens call their first key 00000000."""
+    other = new_state(tmp_path / "standby-state")
+    make_key(opencryptoki, state, "sealed")
+    standby.add_token("demo")
+    make_key(standby, other, "own")
+    asked = copied(standby, other, "requested")
+    packed = copied(opencryptoki, state, "packed", recipient=asked["public_key"])
+    for check in (True, False):
+        refused = copied(standby, other, "installed", check=check, archive=packed["archive"])
+        assert refused.get("error_code") == "destroy_unconfirmed", refused
+    assert keys(standby, other) == ["own"]
+    assert copied(standby, other, "installed", archive=packed["archive"], replace=True)["changed"]
+    assert keys(standby, other) == ["sealed"]
+    # What was installed may be replaced by what the primary has now.
+    make_key(opencryptoki, state, "second")
+    packed = copied(opencryptoki, state, "packed", recipient=asked["public_key"])
+    assert copied(standby, other, "installed", archive=packed["archive"])["changed"]
+    make_key(standby, other, "own again")
+    assert copied(standby, other, "installed", archive=packed["archive"])["error_code"] == "destroy_unconfirmed"
+
+
 def test_an_archive_for_somebody_else_changes_nothing(
     opencryptoki: OpenCryptoki, standby: OpenCryptoki, state: StateDirectory, tmp_path: Path
 ) -> None:

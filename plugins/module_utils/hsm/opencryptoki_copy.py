@@ -80,10 +80,11 @@ def pack(number: int, recipient: str, state: StateDirectory, *, check_mode: bool
     return Outcome([], folder, mark, mark, archive=archive)
 
 
-def install(number: int, archive: str, state: StateDirectory, *, check_mode: bool) -> Outcome:
+def install(number: int, archive: str, state: StateDirectory, *, replace: bool, check_mode: bool) -> Outcome:
     """On the receiver: the token's folder as it was packed.
 
-    :raises TdeError: ``opencryptoki_archive_invalid``; ``opencryptoki_store_format``; ``opencryptoki_in_use``.
+    :param replace: destroy keys that this host's token has and the archive has not.
+    :raises TdeError: ``opencryptoki_archive_invalid``; ``opencryptoki_store_format``; ``opencryptoki_in_use``; ``destroy_unconfirmed``.
     """
     folder, settings = _slot(number)
     files = transport.unpack(archive, folder, state)
@@ -98,11 +99,20 @@ def install(number: int, archive: str, state: StateDirectory, *, check_mode: boo
         )
     wished, there = transport.header(archive)["digest"], transport.digest(folder)
     plan: Plan = []
+    obj = f"token folder {store.folder(folder)}"
     if wished != there:
+        own = _own(transport.objects(folder), transport.packed_objects(files), obj, state)
+        if own and not replace:
+            raise TdeError(
+                "destroy_unconfirmed",
+                f"holds {own} keys that the primary's has not, or has otherwise",
+                obj=obj,
+                next_step="See that primary and standby are not taken for one another. To destroy these keys on purpose, set replace.",
+            )
         plan = [
             Step(
                 "install_token",
-                f"token folder {store.folder(folder)}",
+                obj,
                 "it differs from the primary's" if there else "it holds no token",
             )
         ]
@@ -119,5 +129,14 @@ def install(number: int, archive: str, state: StateDirectory, *, check_mode: boo
         with state.locked(2.0):
             gid = grp.getgrnam(settings.get("usergroup", base.GROUP)).gr_gid
             planning.run(plan, {"install_token": lambda step: transport.install(folder, files, gid)})
-            Journal(state.journal).append("install_token", plan[0].obj, digest=wished, former=there)
+            mark = transport.objects_mark(transport.packed_objects(files))
+            Journal(state.journal).append("install_token", obj, digest=wished, former=there, objects=mark)
     return Outcome(plan, folder, there, wished)
+
+
+def _own(there: dict[str, str], packed: dict[str, str], obj: str, state: StateDirectory) -> int:
+    """How many keys of this host's token are none of the primary's: neither as it has them now, nor as they were installed last."""
+    last = Journal(state.journal).last(action="install_token", object=obj)
+    if last and last["detail"].get("objects") == transport.objects_mark(there):
+        return 0
+    return sum(packed.get(path) != digest for path, digest in there.items())

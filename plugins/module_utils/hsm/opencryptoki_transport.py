@@ -120,6 +120,35 @@ def _mark(plain: bytes) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
+def objects(name: str) -> dict[str, str]:
+    """The keys' files in a token's folder, each with the SHA-256 of its content; none where it holds no token."""
+    try:
+        found = json.loads(content(name))
+    except TdeError as exc:
+        if exc.code != "opencryptoki_store_absent":
+            raise
+        return {}
+    return _objects({path: base64.b64decode(entry["data"]) for path, entry in found.items()})
+
+
+def packed_objects(files: t.Mapping[str, File]) -> dict[str, str]:
+    """As :func:`objects`, of an archive's files."""
+    return _objects({path: file.data for path, file in files.items()})
+
+
+def _objects(files: t.Mapping[str, bytes]) -> dict[str, str]:
+    return {
+        path: hashlib.sha256(data).hexdigest()
+        for path, data in files.items()
+        if os.path.dirname(path) == "TOK_OBJ" and os.path.basename(path) != "OBJ.IDX"
+    }
+
+
+def objects_mark(there: t.Mapping[str, str]) -> str:
+    """SHA-256 over them, "" for none."""
+    return hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest() if there else ""
+
+
 def digest(name: str) -> str:
     """SHA-256 of the content of a token's folder, empty if it holds no token."""
     try:
