@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.hsm import opencryptoki_transport as transport
 from ansible_collections.hsm.tde.plugins.module_utils.hsm.opencryptoki_migrate import TOOL
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.library import load
 from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.token import open_session
@@ -134,6 +135,16 @@ def test_keys_of_the_standby_s_own_are_not_written_over(
     # What was installed may be replaced by what the primary has now.
     make_key(opencryptoki, state, "second")
     packed = copied(opencryptoki, state, "packed", recipient=asked["public_key"])
+    assert copied(standby, other, "installed", archive=packed["archive"])["changed"]
+
+    # What a migration on the standby made of them is still the primary's.
+    def mark() -> str:
+        return transport.objects_mark(transport.objects("swtok"))
+
+    journal, former = Journal(other.journal), standby.run(mark)
+    (standby.home / "var/swtok/TOK_OBJ/00000000").write_bytes(b"encrypted anew")
+    assert copied(standby, other, "installed", archive=packed["archive"])["error_code"] == "destroy_unconfirmed"
+    journal.append("migrate_token", "token folder /var/lib/opencryptoki/swtok", former_objects=former, objects=standby.run(mark))
     assert copied(standby, other, "installed", archive=packed["archive"])["changed"]
     make_key(standby, other, "own again")
     assert copied(standby, other, "installed", archive=packed["archive"])["error_code"] == "destroy_unconfirmed"

@@ -136,7 +136,15 @@ def install(number: int, archive: str, state: StateDirectory, *, replace: bool, 
 
 def _own(there: dict[str, str], packed: dict[str, str], obj: str, state: StateDirectory) -> int:
     """How many keys of this host's token are none of the primary's: neither as it has them now, nor as they were installed last."""
-    last = Journal(state.journal).last(action="install_token", object=obj)
-    if last and last["detail"].get("objects") == transport.objects_mark(there):
+    installed = ""
+    for entry in Journal(state.journal).entries():
+        detail = entry["detail"]
+        # A migration on this host encrypts them anew; they are the same keys.
+        if entry["object"] == obj and (
+            entry["action"] == "install_token"
+            or (entry["action"] == "migrate_token" and installed and detail.get("former_objects") == installed)
+        ):
+            installed = detail.get("objects", "")
+    if installed and installed == transport.objects_mark(there):
         return 0
     return sum(packed.get(path) != digest for path, digest in there.items())

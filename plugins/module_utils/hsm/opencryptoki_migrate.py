@@ -27,6 +27,7 @@ from . import opencryptoki_conf as conf
 from . import opencryptoki_config as config
 from . import opencryptoki_rules as rules
 from . import opencryptoki_store as store
+from . import opencryptoki_transport as transport
 
 TOOL = "/usr/sbin/pkcstok_migrate"
 #: pkcstok_migrate.c: the tokens that it takes.
@@ -78,13 +79,14 @@ def migrate(
     if check_mode or not plan:
         return outcome
     with state.locked(2.0):
+        former = _objects(folder)
         planning.run(
             plan,
             {
                 "migrate_store": lambda step: _run(number, folder, t.cast(Secret, so_pin), t.cast(Secret, pin), state),
                 "set_tokversion": lambda step: _set_tokversion(number),
             },
-            lambda step: _record(step, folder, state),
+            lambda step: _record(step, folder, former, state),
         )
     if there == "old":
         outcome.backup = f"{store.folder(folder)}_BAK"
@@ -127,9 +129,15 @@ def _set_tokversion(number: int) -> None:
     config.apply(config.ConfigWish({number: {"tokversion": _NEW}}), act=True)
 
 
-def _record(step: Step, folder: str, state: StateDirectory) -> None:
+def _objects(folder: str) -> str:
+    return transport.objects_mark(transport.objects(folder)) if folder else ""
+
+
+def _record(step: Step, folder: str, former: str, state: StateDirectory) -> None:
+    """Write it into the journal. :param former: the mark of its keys before, by which opencryptoki_copy knows what was installed."""
     if step.action == "migrate_store":
-        Journal(state.journal).append("migrate_token", step.obj, former=f"{store.folder(folder)}_BAK")
+        backup = f"{store.folder(folder)}_BAK"
+        Journal(state.journal).append("migrate_token", step.obj, former=backup, former_objects=former, objects=_objects(folder))
 
 
 def _run(number: int, folder: str, so_pin: Secret, pin: Secret, state: StateDirectory) -> None:
