@@ -12,18 +12,24 @@ from unittest import mock
 
 import pytest
 from ansible_collections.hsm.tde.plugins.module_utils.command.main import main
+from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
+from ansible_collections.hsm.tde.plugins.module_utils.engines import record as records
 from ansible_collections.hsm.tde.plugins.module_utils.keystore import passphrase
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.secretfile import SecretFile
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.store import (
     Credential,
+    KeyStore,
     KmipCredential,
+    KmipSlot,
     PassphraseCredential,
     TokenCredential,
 )
+from ansible_collections.hsm.tde.plugins.module_utils.kmip import kek
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import KmipAccess, kmip_access
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
+from ansible_collections.hsm.tde.plugins.module_utils.pkcs11.registry import Registry
 from ansible_collections.hsm.tde.tests.integration import killing, refusals, support
 from ansible_collections.hsm.tde.tests.integration.kmip import Authority, KmipServer, create_seen_by_all, free_port
 
@@ -296,6 +302,20 @@ def test_the_command_wraps_and_gives_it(bench: Bench) -> None:
     assert bench.opened("kmip") == SECRET
     assert not bench.run(keyslots=[WAYS["kmip"]])["changed"]
     assert command(*state, "unwrap", str(bench.path), *here[:2], *here[4:]) == (6, b"")
+
+
+def test_the_command_takes_the_service_of_a_cluster_s_record(bench: Bench) -> None:
+    state, registry, journal = bench.state, Registry(bench.state), Journal(bench.state.journal)
+    store = KeyStore(state, "main")
+    store.create()
+    with Client(bench.access) as client:
+        ref = kek.create_kek(client, "hsm-tde.main", cluster="main", registry=registry, journal=journal, state=state)
+    store.create_key("cluster", 64, [KmipSlot("primary", bench.access, ref)])
+    records.write(state, records.Record("main", "postgresql", kmip=(bench.access,)))
+    here = ("--state-directory", state.path)
+    assert command(*here, "wrap", str(bench.path), "--cluster", "main", stdin=SECRET.encode()) == (0, b"")
+    assert command(*here, "unwrap", str(bench.path), "--cluster", "main") == (0, SECRET.encode())
+    assert [len(bench.keks(label)) for label in ("hsm-tde.main", "hsm-tde.secrets")] == [1, 1]
 
 
 # --- killed
