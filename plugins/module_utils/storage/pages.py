@@ -25,7 +25,7 @@ _HEADER = 24
 _FLAGS = 0x0007
 #: Bytes of zeros in the middle that no cipher gives.
 _HOLE = 32
-#: What is read of a file and of a place at most, in bytes.
+#: What is read of a file and of a place at most, in bytes; of each file one page at least, for one that nobody looked at may be plain.
 FILE_BUDGET = 4 << 20
 PLACE_BUDGET = 256 << 20
 
@@ -37,8 +37,8 @@ class PageFacts:
     """What stands in a place's files.
 
     :ivar files: their number; ``read``: those with content. ``pages``: by kind. ``known``: texts that the server holds there
-        and that were searched, ``found``: those that stand in the files as they are. ``unread``: files that were left out
-        or read in part, for there is too much of them.
+        and that were searched, ``found``: those that stand in the files as they are. ``unread``: files that were read in part,
+        for there is too much of them.
     :ivar control: plain pages that the same reading found in a file in the clear; None: there was none.
     """
 
@@ -83,13 +83,11 @@ def read(paths: t.Sequence[str], known: t.Collection[bytes] = ()) -> PageFacts:
     """Look at files. :param known: texts to be searched in them; they are neither kept nor told."""
     facts = PageFacts(known=len(known))
     seen: set[bytes] = set()
+    share = min(FILE_BUDGET, max(1, PLACE_BUDGET // PAGE // max(1, len(paths))) * PAGE)
     for path in paths:
         facts.files += 1
-        if facts.size >= PLACE_BUDGET:
-            facts.unread += 1
-            continue
         try:
-            content, whole = _content(path)
+            content, whole = _content(path, share)
         except FileNotFoundError:
             continue
         except OSError as exc:
@@ -105,14 +103,14 @@ def read(paths: t.Sequence[str], known: t.Collection[bytes] = ()) -> PageFacts:
     return facts
 
 
-def _content(path: str) -> tuple[bytes, bool]:
+def _content(path: str, most: int) -> tuple[bytes, bool]:
     """The beginning of a regular file, and whether it is all of it; what the server's user put there instead is not waited for."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(fd, "rb") as handle:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return handle.read(FILE_BUDGET), info.st_size <= FILE_BUDGET
+        return handle.read(most), info.st_size <= most
 
 
 def judge(facts: PageFacts) -> tuple[str, list[str]]:

@@ -238,9 +238,13 @@ def test_encrypted_is_said_only_if_nothing_speaks_against_it(
 ) -> None:
     facts = pages.PageFacts(known=2, found=found, control=control)
     facts.pages.update({pages.PLAIN: plain, pages.OPAQUE: opaque, pages.UNCLEAR: unclear})
+    facts.size = pages.PAGE * (plain + opaque + unclear)
     verdict = pages.judge(facts)[0]
     assert (verdict == "plain") == bool(plain or found)
     assert (verdict == "encrypted") == bool(opaque and not plain and not unclear and not found and control)
+    assert (verdict == "empty") == (not (plain or opaque or unclear or found))
+    facts.problems.append("1 could not be read.")
+    assert pages.judge(facts)[0] in ("plain", "unknown")
 
 
 def test_what_a_removed_row_leaves_in_a_page_is_not_taken_for_a_cipher_s(tmp_path: Path) -> None:
@@ -255,6 +259,20 @@ def test_what_a_removed_row_leaves_in_a_page_is_not_taken_for_a_cipher_s(tmp_pat
     # The header alone in the clear, above a body that is a cipher's.
     path.write_bytes(b"".join(header + noise(8168) for dummy in range(500)))
     assert pages.read([str(path)]).pages[pages.PLAIN] == 0
+
+
+def test_no_file_of_a_large_place_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones took all that was to be read; a plain one after them was never looked at, and the verdict was encrypted."""
+    monkeypatch.setattr(pages, "PLACE_BUDGET", 8 * pages.PAGE)
+    noise = random.Random(3)
+    for number in range(3):
+        (tmp_path / str(number)).write_bytes(noise.randbytes(8 * pages.PAGE))
+    (tmp_path / "3").write_bytes(struct.pack("<QHHHHHHI", 1, 0, 0, 24, 8192, 8192, 8196, 0) + bytes(8168))
+    facts = pages.read(sorted(str(path) for path in tmp_path.iterdir()))
+    facts.control = 1
+    assert pages.judge(facts)[0] == "plain"
+    assert facts.size <= 8 * pages.PAGE
+    assert facts.unread == 3
 
 
 def test_what_is_no_file_is_told_and_not_waited_for(tmp_path: Path) -> None:
