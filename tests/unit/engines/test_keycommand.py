@@ -20,7 +20,9 @@ from ansible_collections.hsm.tde.plugins.module_utils.common.files import make_o
 from ansible_collections.hsm.tde.plugins.module_utils.common.secret import Secret
 from ansible_collections.hsm.tde.plugins.module_utils.common.state import StateDirectory
 from ansible_collections.hsm.tde.plugins.module_utils.engines import keycommand_options, userside
-from ansible_collections.hsm.tde.plugins.module_utils.engines.base import KeystoreWish, Request
+from ansible_collections.hsm.tde.plugins.module_utils.engines.base import KeystoreWish, Request, SlotWish
+from ansible_collections.hsm.tde.plugins.module_utils.engines.fep import options as fep_options
+from ansible_collections.hsm.tde.plugins.module_utils.engines.fep import plan as fep_plan
 from ansible_collections.hsm.tde.plugins.module_utils.engines.keycommand.engine import Keycommand
 from ansible_collections.hsm.tde.plugins.module_utils.engines.keycommand.options import complete
 from ansible_collections.hsm.tde.plugins.module_utils.engines.keycommand.secret import (
@@ -265,3 +267,10 @@ def test_a_service_needs_no_pin_and_a_pin_that_cannot_be_had_does_not_keep_from_
         own = keycommands.Own(record, StateDirectory("/x"))
         assert own.tries(on, credentials.Given(), [service]) == [credentials.Credential()]
         assert refusal(lambda own=own: own.tries(on, credentials.Given())) in ("pin_source_missing", "file_absent")  # type: ignore[misc]
+
+
+def test_the_plugin_of_tde_kms_is_under_a_token_alone() -> None:
+    options = fep_options.complete({"keystore": "plugin", "data_directory": "/data"}, {}, "main")
+    assert refusal(lambda: fep_plan.check_slots(options, [SlotWish("primary", "kmip")])) == "engine_unsupported"
+    own = keycommands.Own(Record("main", "fep", kmip=(KmipAccess("kmip", ("a",), "/ca", "/c", "/k"),)), StateDirectory("/x"))
+    assert refusal(own.token) == "invalid_option"
