@@ -133,7 +133,12 @@ ORDER = [
 
 
 @pytest.mark.parametrize(
-    ("name", "tool"), [("softcard_passphrase", "ppmk --change"), ("cards_passphrase", "cardpp -m"), ("module_passphrase", None)]
+    ("name", "tool"),
+    [
+        ("softcard_passphrase", "ppmk --change"),
+        pytest.param("cards_passphrase", "cardpp -m", marks=pytest.mark.slow),
+        pytest.param("module_passphrase", None, marks=pytest.mark.slow),
+    ],
 )
 def test_a_passphrase_change_runs_the_guides_order_exactly(site: Site, tmp_path: Path, name: str, tool: str | None) -> None:
     change = CHANGES[name]

@@ -186,6 +186,39 @@ def test_a_master_key_that_does_not_show_is_not_replaced() -> None:
         assert caught.value.code == "oracle_master_key_unreachable"
 
 
+def test_a_change_without_transfer_is_judged_when_every_pdb_shows_what_it_has() -> None:
+    shut = facts(containers=(*CONTAINERS[:3], Container(4, "PDB2", False)))
+    decision = plan.present(shut, wish(OTHER), SOFT, None)
+    assert (actions(decision.now), decision.change) == (["open_pdbs"], None)
+    judged = plan.present(facts(), wish(OTHER), SOFT, None).change
+    assert judged is not None
+    assert judged.kind == "replace"
+
+
+def test_a_leg_does_not_end_while_a_master_key_does_not_show() -> None:
+    both = {
+        "configuration": "FILE|HSM",
+        "configuration_next": "FILE|HSM",
+        "wallets": (*facts().wallets, *facts(hsm=False).wallets),
+    }
+    change = plan.Change("round_trip", SOFT, CARD)
+    for hidden, keyed in ((facts(keys=(), **both, **ENCRYPTED), ()), (facts(keys=(), **both), ("PDB1",))):
+        with pytest.raises(TdeError) as caught:
+            plan.present(hidden, wish(CARD, round_trip=True, keyed=keyed), SOFT, change)
+        assert caught.value.code == "oracle_master_key_unreachable"
+    # What nobody knows of has no key that could be lost.
+    assert actions(plan.present(facts(keys=(), **both), wish(CARD, round_trip=True), SOFT, change).now) == ["alter_system"]
+
+
+def test_closing_takes_auto_login_out_of_the_way() -> None:
+    state = facts(configuration="HSM|FILE", configuration_next="HSM|FILE")
+    assert actions(plan.closed(state, wish(auto_login=True)).now) == ["alter_system", "close_keystore"]
+    assert plan.closed(facts(opened=()), wish(auto_login=True)).now == []
+    with pytest.raises(TdeError) as caught:
+        plan.closed(state, wish(auto_login=True, containers=("PDB1",)))
+    assert caught.value.code == "invalid_option"
+
+
 def test_module_protection_has_no_token_step() -> None:
     change = plan.Change("passphrase", MODULE, MODULE, phase="closed")
     steps = plan.present(facts(opened=()), wish(MODULE, new_credential=True), MODULE, change).now
