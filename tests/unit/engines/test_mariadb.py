@@ -30,6 +30,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.engines.mariadb import (
     sql,
 )
 from ansible_collections.hsm.tde.plugins.module_utils.engines.mariadb.keyfile import Name
+from ansible_collections.hsm.tde.plugins.module_utils.engines.postgresql import server
 from ansible_collections.hsm.tde.plugins.module_utils.keystore.format import check_value
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
@@ -488,3 +489,11 @@ def test_what_is_in_the_clear_is_said() -> None:
     plain = {**facts(), "tablespaces": [{"name": "shop/a", "encryption": "plain"}]}
     assert not gaps.covered(plain)
     assert "1 InnoDB tablespaces are in the clear: shop/a." in gaps.sentences(plain)
+
+
+def test_a_pipe_of_the_server_s_user_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("postmaster.pid", "orders.ibd"):
+        os.mkfifo(tmp_path / name)
+    assert server.postmaster(str(tmp_path)) is None
+    with pytest.raises(OSError, match="Invalid argument"):
+        pages.examine(str(tmp_path / "orders.ibd"), {}, random.Random(1))

@@ -13,7 +13,10 @@ mysys_ssl/my_crypt.cc with sql/encryption.cc (the derived key, the counter).
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import random
+import stat
 import struct
 import typing as t
 
@@ -135,7 +138,10 @@ def examine(
     :raises OSError: the file cannot be read.
     """
     counts = Counts()
-    with open(path, "rb", buffering=0) as handle:
+    # The server's user may have put a pipe there, which would be waited for.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as handle:
+        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         first = handle.read(65536)
         form = layout(first)
         if form is None:

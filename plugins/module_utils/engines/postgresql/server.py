@@ -61,7 +61,8 @@ def bin_directory(option: str | None, version: str | None = None) -> str:
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as handle:
+    # The server's user may have put a pipe there, which would be waited for.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8", errors="replace") as handle:
         return handle.read()
 
 
