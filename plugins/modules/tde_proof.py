@@ -15,6 +15,8 @@ description:
   - A place is V(encrypted) only if every file is encrypted under the cluster's own data key, blocks with content were compared and none
     was equal, and the same reading was shown to see a file in the clear on the same file system.
   - A place is V(plain) if any block stands on the device as it stands in the file.
+  - A place is V(empty) if it holds nothing yet, and its directory, where the kernel encrypts, is encrypted under the cluster's own key.
+    That proves nothing of what a server that encrypts its pages itself will put there.
   - All else is V(unknown), with the reasons. That is the answer wherever the blocks cannot be looked at (btrfs, overlay, memory, network
     file systems, a device that the kernel does not let root read), for a keystore that is closed, and for plain text above dm-crypt.
   - Large files are read in part, and of many files some, by chance; RV(proofs[].notes) says so.
@@ -106,7 +108,7 @@ proofs:
       type: str
       sample: /srv/tde/sealed
     verdict:
-      description: V(encrypted), V(plain) or V(unknown).
+      description: V(encrypted), V(plain), V(empty) or V(unknown).
       type: str
       sample: encrypted
     examined:

@@ -196,7 +196,11 @@ def test_canary(disk: Disk) -> None:
     (disk.mount / "plain/1").unlink()
     (disk.mount / "sealed/1").unlink()
     os.chown(disk.mount / "sealed", 65534, 65534)
-    because(disk.prove(), "unknown", "nothing to compare")
+    because(disk.prove(), "empty", "holds nothing yet")
+    because(disk.prove("plain", key_identifier=None), "unknown", "No key of ours")
+    (disk.mount / "sealed/empty").touch()
+    because(disk.prove(), "empty", "holds nothing yet")
+    (disk.mount / "sealed/empty").unlink()
     found = proof.prove(disk.target(), canary=True)
     because(found, "encrypted", "The marker stands 2048 times in the files and not on the device")
     assert found["examined"]["control_blocks_equal"] == 16

@@ -114,7 +114,7 @@ def _content(path: str, most: int) -> tuple[bytes, bool]:
 
 
 def judge(facts: PageFacts) -> tuple[str, list[str]]:
-    """The verdict (``encrypted``, ``plain`` or ``unknown``) and the sentences that say why; pure."""
+    """The verdict (``encrypted``, ``plain``, ``empty`` or ``unknown``) and the sentences that say why; pure."""
     pages, looked = facts.pages, sum(facts.pages.values()) - facts.pages[ZERO]
     seen = []
     if facts.found:
@@ -124,6 +124,8 @@ def judge(facts: PageFacts) -> tuple[str, list[str]]:
     if seen:
         return "plain", seen
     doubts = list(facts.problems)
+    if not doubts and not facts.size and not facts.unread:
+        return "empty", ["It holds nothing yet."]
     if not looked:
         doubts.append("No page with content was found, so there was nothing to judge.")
     if pages[UNCLEAR]:

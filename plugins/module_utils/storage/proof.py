@@ -96,7 +96,7 @@ class Facts:
 
 
 class Verdict(t.NamedTuple):
-    """``encrypted``, ``plain`` or ``unknown``, and the sentences that say why."""
+    """``encrypted``, ``plain``, ``empty`` or ``unknown``, and the sentences that say why."""
 
     verdict: str
     reasons: list[str]
@@ -118,7 +118,10 @@ def judge(facts: Facts) -> Verdict:
         )
     if seen:
         return Verdict("plain", seen)
-    doubts = _doubts(facts, examined)
+    doubts = _doubts(facts)
+    if not doubts and not facts.marker and not any(one.size or one.gone for one in _unique(facts)):
+        return Verdict("empty", [f"It holds nothing yet; its directory is encrypted under the key {facts.expected}."])
+    doubts += _reading_doubts(facts, examined) if facts.files or not doubts else []
     if doubts:
         return Verdict("unknown", doubts)
     reasons = [
@@ -130,7 +133,7 @@ def judge(facts: Facts) -> Verdict:
     return Verdict("encrypted", reasons)
 
 
-def _doubts(facts: Facts, examined: int) -> list[str]:
+def _doubts(facts: Facts) -> list[str]:
     doubts = list(facts.problems)
     if facts.expected is None:
         doubts.append("No key of ours belongs to this place.")
@@ -138,7 +141,7 @@ def _doubts(facts: Facts, examined: int) -> list[str]:
         doubts += _key_doubts(facts, facts.expected)
     doubts += _foreign_inodes(facts.inodes, facts.expected)
     doubts += [f"{one.path}: {one.problem}." for one in _unique(facts) if one.problem][:10]
-    return doubts + (_reading_doubts(facts, examined) if facts.files or not doubts else [])
+    return doubts
 
 
 def _key_doubts(facts: Facts, expected: str) -> list[str]:

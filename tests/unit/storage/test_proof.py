@@ -68,6 +68,26 @@ def test_each_doubt_alone_is_enough(doubt: str) -> None:
     assert any(reason in one for one in verdict.reasons), verdict.reasons
 
 
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda facts: None, "empty"),
+        (lambda facts: setattr(facts, "identifier", None), "unknown"),
+        (lambda facts: setattr(facts, "key_status", "absent"), "unknown"),
+        (lambda facts: facts.problems.append("/p/x could not be read."), "unknown"),
+        (lambda facts: setattr(facts, "marker", True), "unknown"),
+        (lambda facts: facts.inodes.append(FileFacts("/p/2", 0, False)), "unknown"),
+        (lambda facts: facts.inodes.append(FileFacts("/p/2", gone=True)), "unknown"),
+    ],
+)
+def test_a_place_that_holds_nothing_is_empty_if_its_directory_is_encrypted(
+    spoil: t.Callable[[proof.Facts], None], word: str
+) -> None:
+    facts = proof.Facts(OURS, OURS, "present", [FileFacts("/p/1", 0, True, OURS)], [], control_equal=16)
+    spoil(facts)
+    assert proof.judge(facts).verdict == word
+
+
 def test_one_file_of_many_spoils_it() -> None:
     facts = sound()
     facts.inodes.append(FileFacts("/p/2", 0, False))

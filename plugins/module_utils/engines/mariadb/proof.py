@@ -91,6 +91,8 @@ class Proof:
                 f"Tables in use, of which what the server had in memory only was not looked at: {', '.join(self.left_out)}."
             )
         verdict = "plain" if seen else "unknown" if doubts else "encrypted"
+        if not files and not others:
+            verdict, doubts = "empty", ["It holds nothing yet."]
         sure = [
             f"0 of {counts.pages} pages are in the clear.",
             f"{counts.opened} index pages were opened with keys of the store.",
