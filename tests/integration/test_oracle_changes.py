@@ -89,6 +89,24 @@ def test_from_module_protection_to_a_card_set_by_the_safe_way_round(site: Site) 
     assert any("module protection" in line for line in again.facts["backups_need"])
 
 
+def test_cards_in_no_slot_are_told_of_until_they_have_the_new_passphrase(site: Site) -> None:
+    """The guide: all cards of the set must share the same passphrase."""
+    cards = site.hsm.a.create_cardset("cards", OLD, quorum=(1, 2))
+    site.hsm.hsm.insert(f"{cards}:1")
+    site.until_done(("ocs", "cards", None))
+    target: Slot = ("ocs", "cards", NEW)
+    assert site.keystore(target).facts["restart_required"]
+    site.database.bounce()
+    for dummy in range(2):
+        assert any("is on its cards 1 alone" in warning for warning in site.keystore(target).warnings)
+    site.hsm.hsm.insert(f"{cards}:2")
+    wish = {"name": "cards", "passphrase": NEW, "old_passphrase": OLD, "state_directory": site.state.path}
+    assert site.hsm.run("nshield_cardset", **wish)["changed"]
+    again = site.keystore(target)
+    assert not again.changed
+    assert not [warning for warning in again.warnings if "passphrase" in warning]
+
+
 def test_a_mistyped_target_ends_the_way_round_before_its_first_leg(site: Site) -> None:
     site.encrypted(("module", None, None), "Module-1")
     before = site.database.state()

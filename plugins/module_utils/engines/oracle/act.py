@@ -289,12 +289,8 @@ class Acts:
             )
             nshield_cards.softcard(tools, wish, state)
             return
-        cards = nshield_cards.cardset_passphrase(tools, guard.name or "", new, self.given.old, self.options.acs_passphrase, state)
-        if cards.unseen:
-            numbers = ", ".join(str(number) for number in cards.unseen)
-            self.warnings.append(
-                f"Cards {numbers} of card set {guard.name} are in no slot and keep the former passphrase: give them the new one (nshield_cardset)."
-            )
+        # Cards that are in no slot are told of by every run until they have it (engine.py).
+        nshield_cards.cardset_passphrase(tools, guard.name or "", new, self.given.old, self.options.acs_passphrase, state)
 
     def _transfer(self, step: Step) -> None:
         source, guard = self.given.old_guard, self.given.guard

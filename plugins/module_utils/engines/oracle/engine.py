@@ -16,6 +16,7 @@ from ...common.errors import TdeError
 from ...common.files import lock
 from ...common.plan import Plan, Step
 from ...common.secret import Secret
+from ...hsm import nshield_changes
 from .. import record as records
 from ..base import Engine, KeystoreWish, MasterKeyWish, Outcome, Request, SlotWish, TablespacesWish
 from . import memo as memos
@@ -321,6 +322,19 @@ class Work:
         shut = [one.name for one in plan.chosen(facts, self.options.containers) if not one.open]
         return [f"PDB {name} is closed, so its keystore was left as it is: run this again when it is open." for name in shut]
 
+    def cards(self) -> list[str]:
+        """Cards of the set that have yet to get its new passphrase, in a sentence: left in a slot, such a card opens nothing."""
+        started = nshield_changes.load(self.request.state)["cards"] if self.guard.protection == "ocs" else {}
+        if not started:
+            return []
+        done = started.get(self.options.tools().inspect().find_token("ocs", self.guard.name or "").hash, [])
+        if not done:
+            return []
+        numbers = ", ".join(str(number) for number in done)
+        return [
+            f"The new passphrase of {self.guard.words} is on its cards {numbers} alone: give it to the others (nshield_cardset)."
+        ]
+
     # --- services
 
     def keystore(self, wish: KeystoreWish) -> Outcome:
@@ -335,7 +349,7 @@ class Work:
                 with sql.connect(self.request.connection, self.options) as database:
                     acts.database = database
                     acts.verify()
-        outcome.warnings += self.behind(facts)
+        outcome.warnings += [*self.behind(facts), *self.cards()]
         outcome.facts.update(
             cluster=self.request.cluster,
             data_keys={},
