@@ -212,6 +212,23 @@ def test_a_pin_that_yaml_read_as_a_number_is_refused_by_modules_and_roles(tmp_pa
     assert not (tmp_path / "state").exists()
 
 
+def test_the_role_that_makes_a_token_takes_the_number_of_its_slot(tmp_path: Path, empty_softhsm: support.SoftHsm) -> None:
+    given = {
+        "hsm_tde_library": empty_softhsm.library, "hsm_tde_library_environment": empty_softhsm.environment, "hsm_tde_token_label": "one",
+        "hsm_tde_state_directory": f"{tmp_path}/state", "hsm_tde_pin": SECRETS["pin"], "hsm_tde_so_pin": SECRETS["pin"],
+        "hsm_tde_hosts": "localhost",
+    }  # fmt: skip
+    elsewhere = Play(tmp_path, "init_token.yml", hsm_tde_slot_id=4711, **given)
+    assert elsewhere.code != 0
+    assert "token_slot_absent" in elsewhere.output, elsewhere.output[-3000:]
+    assert not list(empty_softhsm.tokendir.iterdir())
+    assert Play(tmp_path, "init_token.yml", hsm_tde_slot_id=0, **given).code == 0
+    assert len(list(empty_softhsm.tokendir.iterdir())) == 1
+    # The token has another slot by now, which its label finds.
+    again = Play(tmp_path, "init_token.yml", **given)
+    assert (again.code, "changed=0" in again.output) == (0, True), again.output[-3000:]
+
+
 @pytest.fixture
 def empty_python(tmp_path: Path) -> str:
     """An interpreter without any library."""
