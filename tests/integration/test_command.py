@@ -150,7 +150,7 @@ def test_a_reboot_is_survived_and_an_open_keystore_needs_no_token(host: Host) ->
 
     host.softhsm.tokendir.rename(host.softhsm.tokendir.with_name("away"))
     again = host.run("open", "main")
-    assert (again.returncode, again.stdout) == (0, "main: is open\n"), again.stderr
+    assert (again.returncode, again.stdout) == (0, "main: nothing to open\n"), again.stderr
     closed = host.run("close", "main")
     assert (closed.returncode, closed.stdout) == (0, "main: closed\n"), closed.stderr
     assert not host.readable()

@@ -145,7 +145,7 @@ def test_it_starts_with_a_key_that_only_the_token_opens_and_a_second_run_changes
     assert (closed["failed"], closed["error_code"]) == (True, "engine_unsupported")
     for arguments, says in (
         (("self-test",), b"user postgres gets the secret"),
-        (("open", "--all"), b"main: is open"),
+        (("open", "--all"), b"main: nothing to open"),
         (("status",), b"open"),
     ):
         done = stopped.host.run(*arguments, root=True)

@@ -101,7 +101,7 @@ def test_open_and_close_and_again_nothing(
     assert run(state, "open", "main") == 0
     assert run(state, "close", "main") == 0
     assert run(state, "close", "main") == 0
-    assert capsys.readouterr().out == "main: opened\nmain: is open\nmain: closed\nmain: is closed\n"
+    assert capsys.readouterr().out == "main: opened\nmain: nothing to open\nmain: closed\nmain: is closed\n"
     assert (tmp_path / "tries").read_text() == "x"
 
 

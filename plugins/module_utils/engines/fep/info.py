@@ -134,6 +134,9 @@ def sentences(found: Facts, state: look.State, auto_open: bool, viewed: bool, in
     plain = sorted(one["name"] for one in found["tablespaces"] if one["encryption"] == "plain")
     if plain:
         yield f"Tablespaces in the clear: {', '.join(plain)} (pg_default and pg_global cannot be encrypted, so neither can catalogs and statistics)."
+    unknown = sorted(one["name"] for one in found["tablespaces"] if one["encryption"] == "unknown")
+    if unknown:
+        yield f"Tablespaces of which it could not be established whether they are encrypted below the server: {', '.join(unknown)}."
     encrypted = [one["name"] for one in found["tablespaces"] if one["encryption"] == ENGINE]
     if encrypted:
         yield (
