@@ -98,7 +98,8 @@ def test_a_password_is_not_sent_to_another_users_port(engine: str, owner: str) -
             if engine == "mariadb"
             else sql.access(connection, "daemon")
         )
-        with pytest.raises(TdeError) as raised, mariadb.connect(where) if engine == "mariadb" else sql.connect(where):
+        connecting = mariadb.connect(where) if engine == "mariadb" else sql.connect(where)
+        with pytest.raises(TdeError) as raised, connecting:
             pass
         if owner == "nobody":
             assert raised.value.code == "server_foreign"

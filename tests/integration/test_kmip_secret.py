@@ -99,7 +99,8 @@ class Bench:
     def opened(self, *ways: str) -> str:
         """The secret, as one of the ways opens it."""
         file = SecretFile(self.state, str(self.path))
-        return support.in_child(lambda: file.open([self.credential(way) for way in ways])[1].text())
+        credentials = [self.credential(way) for way in ways]
+        return support.in_child(lambda: file.open(credentials)[1].text())
 
     def keks(self, label: str = "hsm-tde.secrets") -> list[str]:
         with Client(self.access) as client:

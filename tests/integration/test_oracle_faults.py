@@ -269,7 +269,10 @@ def test_a_new_passphrase_that_is_mistyped_when_the_change_goes_on_opens_nothing
 def test_a_present_passphrase_that_is_mistyped_takes_no_key_out_of_the_hsm(plain: Site, target: Slot) -> None:
     plain.database.bounce()
     plain.open_pdbs()
-    wrong = lambda: plain.keystore(target, "Softcard-9", safe_way_round=True, software_passphrase=SOFTWARE)  # noqa: E731
+
+    def wrong() -> t.Any:
+        return plain.keystore(target, "Softcard-9", safe_way_round=True, software_passphrase=SOFTWARE)
+
     assert refused(wrong) == "nshield_passphrase_refused"
     assert memos.read(plain.state, "main").change is None
     plain.until_done(target, safe_way_round=True, software_passphrase=SOFTWARE)

@@ -145,7 +145,9 @@ def open_command(arguments: argparse.Namespace, output: Output) -> int:
                 output.warn(f"{error} Trying again.")
                 time.sleep(_PAUSE)
 
-    return each(arguments, output, act, lambda cluster, facts: f"{cluster}: {'opened' if facts['changed'] else 'nothing to open'}")
+    return each(
+        arguments, output, act, lambda cluster, facts: f"{cluster}: {'opened' if facts['changed'] else 'nothing to open'}"
+    )
 
 
 def open_cluster(state: StateDirectory, cluster: str, stated: credentials.Given) -> Facts:

@@ -20,7 +20,8 @@ from ..common.errors import TdeError
 _LISTEN = "0A"
 NET = "/proc/net"
 
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+if t.TYPE_CHECKING:
+    _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def check(host: str, port: int, os_user: str, net: str = NET) -> None:

@@ -3,8 +3,9 @@
 """What this host remembers of nShield beside the Security World itself: changes that other clients have yet to get.
 
 ``<state>/nshield.json``: ``changes`` (numbered sentences), ``clients`` (the number up to which each other client was supplied),
-``copies`` (digest of the copy of the world that each was supplied with), ``committed`` (digest of the world that was last given to the remote file system), ``gang_clients`` (clients that this remote file
-system lets in), ``cards`` (cards of a set that have got its new passphrase).
+``copies`` (digest of the copy of the world that each was supplied with), ``committed`` (digest of the world that was last given to
+the remote file system), ``gang_clients`` (clients that this remote file system lets in), ``cards`` (cards of a set that have got its
+new passphrase).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def first(there: t.Sequence[Name]) -> list[Name]:
     taken = {name.number for name in there}
     has = {name.tablespace for name in there}
     return [
-        Name(number if number not in taken else max(*taken, max(FIRST)) + 1, tablespace)
+        Name(number if number not in taken else max(*taken, *FIRST) + 1, tablespace)
         for number, tablespace in FIRST.items()
         if tablespace not in has
     ]

@@ -112,7 +112,7 @@ class Keystore:
             self.store.taken = taken.keys
             self.taken = taken
         elif missing:
-            raise former.lost(t.cast("Former", engine.options.former))
+            raise former.lost(t.cast(Former, engine.options.former))
         if state.include is None and state.answer is not None:
             plan.check_ours(engine.options, state.answer)
 
