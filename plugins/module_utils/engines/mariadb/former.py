@@ -33,6 +33,8 @@ _LINE = re.compile(r"\s*([0-9]{1,10})\s*;\s*((?:[0-9A-Fa-f]{16}){2,4})(?![0-9A-F
 #: How OpenSSL begins what it encrypts under a password; the salt follows (openssl-enc(1)).
 _SALTED, _SALT_BYTES = b"Salted__", 8
 _KEY_BYTES, _IV_BYTES = 32, 16
+#: Tables that are flushed to see one of their pages.
+_FILES = 4
 #: How a setting says that the password lies in a file.
 _FILE = "FILE:"
 
@@ -189,7 +191,7 @@ def take(options: Options, access: sql.Access, answer: sql.Server) -> Taken:
     default = int(answer.variables.get("innodb_default_encryption_key_id", "1"))
     known = [keyfile.parse_name(key_id) for key_id in (options.former.keys if options.former else ())]
     found = names(keys, default, [name for name in known if name])
-    _prove(answer, keys)
+    _prove(access, answer, keys)
     algorithm = answer.variables.get("file_key_management_encryption_algorithm", "aes_cbc").upper()
     former = Former(path, algorithm, digest(raw), tuple(name.key_id for name in found))
     return Taken(former, {name.key_id: Secret(keys[name.number]) for name in found})
@@ -206,23 +208,22 @@ def _password(options: Options, said: str) -> bytes:
     return raw.splitlines()[0] if raw else b""
 
 
-def _prove(answer: sql.Server, keys: t.Mapping[int, bytes]) -> None:
-    """Of each number in use, an encrypted file opens with the key of the file: one that was changed since the server read it does not.
+def _prove(access: sql.Access, answer: sql.Server, keys: t.Mapping[int, bytes]) -> None:
+    """Of each number in use, a file opens with the key of the file: one that was changed since the server read it does not.
 
-    :raises TdeError: ``encryption_foreign``.
+    :raises TdeError: ``encryption_foreign``, what the server answers.
     """
     algorithm = answer.variables.get("file_key_management_encryption_algorithm", "aes_cbc").upper()
-    rng = random.SystemRandom()
     for number in sorted({space.key for space in answer.spaces if space.encrypted}):
-        files = [
-            os.path.join(answer.data_directory, space.path) for space in answer.spaces if space.encrypted and space.key == number
-        ]
-        try:
-            path = min(files, key=os.path.getsize)
-            counts, dummy = pages.examine(path, keys, rng, algorithm)
-        except OSError as exc:
-            raise os_error(exc, files[0]) from None
-        if number not in keys or (counts.shut and not counts.opened):
+        spaces = [space for space in answer.spaces if space.encrypted and space.key == number]
+        counts = _seen(answer, spaces, keys, algorithm)
+        if not counts.opened and not counts.shut:
+            # The server has all of its pages in memory yet.
+            tables = [table for table in answer.tables if any(space in spaces for space in answer.spaces_of(table))]
+            with sql.connect(access) as connection:
+                sql.flush(connection, tables[:_FILES])
+            counts = _seen(answer, spaces, keys, algorithm)
+        if number not in keys or counts.shut:
             raise TdeError(
                 "encryption_foreign",
                 f"has a key {number} that is not the one in its key file",
@@ -230,6 +231,22 @@ def _prove(answer: sql.Server, keys: t.Mapping[int, bytes]) -> None:
                 kept="Nothing was taken.",
                 next_step="Find out who changed the key file since the server was started.",
             )
+
+
+def _seen(answer: sql.Server, spaces: t.Sequence[sql.Space], keys: t.Mapping[int, bytes], algorithm: str) -> pages.Counts:
+    """What some files show, one after the other until one shows whether its key is right."""
+    counts = pages.Counts()
+    for path in [os.path.join(answer.data_directory, space.path) for space in spaces]:
+        try:
+            counts, dummy = pages.examine(path, keys, random.SystemRandom(), algorithm)
+        except OSError as exc:
+            raise os_error(exc, path) from None
+        if counts.opened:
+            # A page that was being written while it was read is no proof against.
+            return pages.Counts(opened=counts.opened)
+        if counts.shut:
+            break
+    return counts
 
 
 def begin(options: Options, access: sql.Access, answer: sql.Server | None) -> Taken | None:
