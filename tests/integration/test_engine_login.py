@@ -99,8 +99,8 @@ def test_a_password_is_not_sent_to_another_users_port(engine: str, owner: str) -
             else sql.access(connection, "daemon")
         )
         connecting = mariadb.connect(where) if engine == "mariadb" else sql.connect(where)
-        with pytest.raises(TdeError) as raised, connecting:
-            pass
+        with pytest.raises(TdeError) as raised, contextlib.ExitStack() as stack:
+            stack.enter_context(connecting)
         if owner == "nobody":
             assert raised.value.code == "server_foreign"
     server.join(6)

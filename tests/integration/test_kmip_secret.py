@@ -100,7 +100,11 @@ class Bench:
         """The secret, as one of the ways opens it."""
         file = SecretFile(self.state, str(self.path))
         credentials = [self.credential(way) for way in ways]
-        return support.in_child(lambda: file.open(credentials)[1].text())
+
+        def act() -> str:
+            return file.open(credentials)[1].text()
+
+        return support.in_child(act)
 
     def keks(self, label: str = "hsm-tde.secrets") -> list[str]:
         with Client(self.access) as client:

@@ -20,9 +20,6 @@ from ..common.errors import TdeError
 _LISTEN = "0A"
 NET = "/proc/net"
 
-if t.TYPE_CHECKING:
-    _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
 
 def check(host: str, port: int, os_user: str, net: str = NET) -> None:
     """Refuse a port of this host at which another user's program listens; root may hold it for the server (socket activation).
@@ -51,7 +48,7 @@ def is_here(host: str) -> bool:
     return any(map(_is_ours, _addresses(host)))
 
 
-def _addresses(host: str) -> list[_Address]:
+def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     try:
         found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
@@ -60,7 +57,7 @@ def _addresses(host: str) -> list[_Address]:
     return [ipaddress.ip_address(one) for one in sorted(found)]
 
 
-def _is_ours(address: _Address) -> bool:
+def _is_ours(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether it is an address of this host: only such a one can be bound."""
     with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
         try:
@@ -70,7 +67,7 @@ def _is_ours(address: _Address) -> bool:
     return True
 
 
-def _listeners(port: int, net: str) -> t.Iterator[tuple[_Address, int]]:
+def _listeners(port: int, net: str) -> t.Iterator[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:
     """The addresses at which somebody listens, and the user's id."""
     for name in ("tcp", "tcp6"):
         try:
@@ -86,7 +83,9 @@ def _listeners(port: int, net: str) -> t.Iterator[tuple[_Address, int]]:
                 yield ipaddress.ip_address(raw), int(row[7])
 
 
-def _answers(listening: _Address, address: _Address) -> bool:
+def _answers(
+    listening: ipaddress.IPv4Address | ipaddress.IPv6Address, address: ipaddress.IPv4Address | ipaddress.IPv6Address
+) -> bool:
     """Whether who listens there gets connections to an address."""
     mapped = listening.ipv4_mapped if isinstance(listening, ipaddress.IPv6Address) else None
     return address in (listening, mapped) or (int(listening) == 0 and listening.version >= address.version)
