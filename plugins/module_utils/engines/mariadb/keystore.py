@@ -158,6 +158,9 @@ class Keystore:
             ring.look()
             state = engine.state()
             acts.access = state.access
+            if self.wish.boot and state.include is None and state.process is None:
+                # Its settings do not name our keys yet: what is begun here could not be ended, and would keep it from its start.
+                return Decision([]), engine.facts(ring, state)
             if not ring.keys:
                 raise TdeError(
                     "data_key_absent",
@@ -165,9 +168,6 @@ class Keystore:
                     obj=f"cluster {engine.request.cluster}",
                     next_step="Make them (tde_keystore).",
                 )
-            if self.wish.boot and state.include is None and state.process is None:
-                # Its settings do not name our keys yet: what is begun here could not be ended, and would keep it from its start.
-                return Decision([]), engine.facts(ring, state)
             names = keyfile.names(key.key_id for key in ring.keys)
             steps = plan.mount(self.options, state)
             steps += plan.delivery(self.options, engine.request.cluster, state, ring.keys)
