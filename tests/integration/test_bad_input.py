@@ -40,6 +40,7 @@ ITEMS: dict[str, list[tuple[str, str]]] = {
     "no token, two tokens with the label": [
         (TOKEN, "test_no_token_and_two_tokens_of_the_label"),
         (TOKEN, "test_a_token_that_is_not_finished"),
+        (PLAY, "test_the_role_that_makes_a_token_takes_the_number_of_its_slot"),
     ],
     "token folder that is not mounted": [
         (TOKEN, "test_a_folder_of_tokens_that_is_not_mounted_leads_to_nothing_new"),

@@ -39,6 +39,7 @@ class PageFacts:
     :ivar files: their number; ``read``: those with content. ``pages``: by kind. ``known``: texts that the server holds there
         and that were searched, ``found``: those that stand in the files as they are. ``unread``: files that were read in part,
         for there is too much of them.
+    :ivar may_be_empty: a place that is made before anything is put there; not a whole server's.
     :ivar control: plain pages that the same reading found in a file in the clear; None: there was none.
     """
 
@@ -49,6 +50,7 @@ class PageFacts:
     known: int = 0
     found: int = 0
     unread: int = 0
+    may_be_empty: bool = False
     control: int | None = None
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -124,7 +126,7 @@ def judge(facts: PageFacts) -> tuple[str, list[str]]:
     if seen:
         return "plain", seen
     doubts = list(facts.problems)
-    if not doubts and not facts.size and not facts.unread:
+    if facts.may_be_empty and not doubts and not facts.size and not facts.unread:
         return "empty", ["It holds nothing yet."]
     if not looked:
         doubts.append("No page with content was found, so there was nothing to judge.")

@@ -232,17 +232,17 @@ def test_pages_are_judged_by_what_stands_in_them() -> None:
     assert pages.kind_of(b"a sentence, again and again. " * 400) == pages.UNCLEAR
 
 
-@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.sampled_from([None, 0, 5]))
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.sampled_from([None, 0, 5]), st.booleans())
 def test_encrypted_is_said_only_if_nothing_speaks_against_it(
-    plain: int, opaque: int, unclear: int, found: int, control: int | None
+    plain: int, opaque: int, unclear: int, found: int, control: int | None, tablespace: bool
 ) -> None:
     facts = pages.PageFacts(known=2, found=found, control=control)
     facts.pages.update({pages.PLAIN: plain, pages.OPAQUE: opaque, pages.UNCLEAR: unclear})
-    facts.size = pages.PAGE * (plain + opaque + unclear)
+    facts.size, facts.may_be_empty = pages.PAGE * (plain + opaque + unclear), tablespace
     verdict = pages.judge(facts)[0]
     assert (verdict == "plain") == bool(plain or found)
     assert (verdict == "encrypted") == bool(opaque and not plain and not unclear and not found and control)
-    assert (verdict == "empty") == (not (plain or opaque or unclear or found))
+    assert (verdict == "empty") == (tablespace and not (plain or opaque or unclear or found))
     facts.problems.append("1 could not be read.")
     assert pages.judge(facts)[0] in ("plain", "unknown")
 

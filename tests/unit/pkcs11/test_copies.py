@@ -62,14 +62,23 @@ def test_a_destroyed_object_is_not_listed_again(objects: Path) -> None:
     assert not (objects / "00000000").exists()
 
 
-def test_two_do_not_change_keys_of_a_token_at_once(objects: Path) -> None:
+def test_two_do_not_change_keys_of_a_token_at_once(objects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with copies.objects_kept(LIBRARY):
         copies.mend(LIBRARY)
+        monkeypatch.setattr(copies, "_KEPT", set())  # as in another process
         with pytest.raises(TdeError) as caught:
             with copies.objects_kept(LIBRARY):
                 pass
         assert (objects.parent / "objects.copy").exists()
     assert caught.value.code == "busy"
+    assert not (objects.parent / "objects.copy").exists()
+
+
+def test_an_act_within_another_has_its_copies(objects: Path) -> None:
+    with copies.objects_kept(LIBRARY):
+        with copies.objects_kept(LIBRARY):
+            assert (objects.parent / "objects.copy").exists()
+        assert (objects.parent / "objects.copy").exists()
     assert not (objects.parent / "objects.copy").exists()
 
 

@@ -112,7 +112,7 @@ def _tablespace(access: postgres.Access, answer: postgres.Server, name: str, con
                 if database.tablespace == name:
                     known |= held_values(connection)
     facts = pages.read(_files(directory), known)
-    facts.control = control
+    facts.control, facts.may_be_empty = control, True
     return pages.told(name, directory, facts, [])
 
 

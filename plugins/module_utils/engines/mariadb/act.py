@@ -93,7 +93,13 @@ class Acts:
         ring.unlock(step.data["keys"])
         lying = former.lying(self.options)
         if lying is None or not self.options.former or lying.check != self.options.former.check:
-            raise TdeError("file_foreign", "was changed since its keys were taken", obj=path, kept="It was not removed.")
+            raise TdeError(
+                "file_foreign",
+                "was changed since its keys were taken",
+                obj=path,
+                kept="It was not removed.",
+                next_step="Find out what it is, and remove it yourself.",
+            )
         with trusted_directory(os.path.dirname(path), former.owners(self.options)) as folder:
             try:
                 os.unlink(os.path.basename(path), dir_fd=folder)

@@ -71,5 +71,5 @@ def _encrypted(access: postgres.Access, answer: postgres.Server, facts: sql.Fact
                 if row and row[0]:
                     known |= held_values(connection, oid=row[0])
     judged = pages.read(sorted(set(files)), known)
-    judged.control = plain
+    judged.control, judged.may_be_empty = plain, True
     return pages.told(sql.TDE_HEAP, answer.data_directory, judged, [])
