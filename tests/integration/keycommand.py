@@ -69,7 +69,10 @@ class Cluster:
 
     def starts(self, data: Path | None = None) -> bool:
         done = self.server("start", data=data)
-        return done.returncode == 0 and "ready to accept" in done.stderr
+        started = done.returncode == 0 and "ready to accept" in done.stderr
+        if not started:
+            print(done.stderr)
+        return started
 
     @property
     def key(self) -> Path:

@@ -56,6 +56,8 @@ class Journal:
 
         :raises TdeError: ``journal_damaged``.
         """
+        # Before the entries: one that is appended meanwhile, by somebody whose lock a reader does not wait for, is no entry missing.
+        head = self._head()
         try:
             raw = read_private(self.path, max_bytes=_MAX_BYTES)
         except TdeError as exc:
@@ -77,7 +79,6 @@ class Journal:
                 raise self._damaged(f"entry {number} does not fit the chain")
             previous = entry["hash"]
             found.append(entry)
-        head = self._head()
         if head and (len(found) < head["seq"] or found[head["seq"] - 1]["hash"] != head["hash"]):
             raise self._damaged(f"entry {head['seq']} was written once and is missing or different")
         return found

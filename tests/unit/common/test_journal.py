@@ -7,6 +7,7 @@ import json
 import os
 
 import pytest
+from ansible_collections.hsm.tde.plugins.module_utils.common import journal as room
 from ansible_collections.hsm.tde.plugins.module_utils.common.errors import TdeError
 from ansible_collections.hsm.tde.plugins.module_utils.common.journal import Journal
 
@@ -105,4 +106,21 @@ def test_a_whole_line_whose_head_was_not_written_is_kept(journal, tmp_path):
     journal.append("destroy_key", "key 6")
     (tmp_path / "state" / "journal.jsonl.head").write_bytes(head)
     (tmp_path / "state" / "journal.jsonl.head").chmod(0o600)
+    assert len(journal.entries()) == 6
+
+
+@pytest.mark.parametrize("after", ["journal.jsonl", "journal.jsonl.head"])
+def test_an_entry_appended_while_somebody_reads_is_none_missing(journal, monkeypatch, after):
+    """A database that starts reads without the lock that a task holds."""
+    read = room.read_private
+
+    def meanwhile(path, **how):
+        content = read(path, **how)
+        if os.path.basename(path) == after:
+            monkeypatch.setattr(room, "read_private", read)
+            journal.append("rotate_master_key", "key 5")
+        return content
+
+    monkeypatch.setattr(room, "read_private", meanwhile)
+    assert len(journal.entries()) in (5, 6)
     assert len(journal.entries()) == 6
