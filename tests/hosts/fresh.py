@@ -123,8 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except machine.LacksError as exc:
-        print(f"SKIPPED: this machine has not what a fresh Debian needs: {exc}", file=sys.stderr)
-        sys.exit(machine.SKIPPED)
+    machine.run(main, "a fresh Debian needs")

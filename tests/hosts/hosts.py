@@ -369,8 +369,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except machine.LacksError as exc:
-        print(f"SKIPPED: this machine has not what the hosts need: {exc}", file=sys.stderr)
-        sys.exit(machine.SKIPPED)
+    machine.run(main, "the hosts need")

@@ -68,6 +68,18 @@ class LacksError(Exception):
         super().__init__("; ".join(lacks))
 
 
+def run(main: t.Callable[[], int], what: str) -> t.NoReturn:
+    """Run a program, and end; SKIPPED where this machine lacks something.
+
+    :param what: who needs it, and "needs".
+    """
+    try:
+        sys.exit(main())
+    except LacksError as exc:
+        print(f"SKIPPED: this machine has not what {what}: {exc}", file=sys.stderr)
+        sys.exit(SKIPPED)
+
+
 def require() -> None:
     """Install missing programs, and try what cannot be installed.
 

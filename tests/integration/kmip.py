@@ -49,6 +49,14 @@ _NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
 # Once: each task that a test forks would take half a second for it.
 importlib.import_module("kmip.core.messages.payloads")
 
+#: Ways to guard a data key, each as the wish for the keyslot ``primary``.
+OWN_PASSPHRASE = "a passphrase of its own"
+WAYS: dict[str, dict[str, t.Any]] = {
+    "passphrase": {"name": "primary", "protection": "passphrase", "passphrase": OWN_PASSPHRASE},
+    "token": {"name": "primary", "token_label": "demo"},
+    "kmip": {"name": "primary", "protection": "kmip"},
+}
+
 #: It ends with the test process, however that ends: then its standard input does.
 _SERVE = """
 import os, signal, threading

@@ -36,6 +36,17 @@ SECRETS = (OLD, NEW, SOFTWARE, "Sys-Password-1")
 Slot = t.Tuple[str, t.Optional[str], t.Optional[str]]
 SOFT: Slot = ("softcard", "one", None)
 
+#: A program that restarts a database, its PDBs open but for the seed; the database's folder is to be filled in.
+BOUNCE = """
+import pathlib
+from oracledb.database import Database
+database = Database(pathlib.Path(%r))
+database.bounce()
+with database.change() as state:
+    for number, one in state["containers"].items():
+        one["open"] = number != "2"
+"""
+
 
 class Site:
     """A host with an Oracle database, and nShield's software on it."""

@@ -32,7 +32,7 @@ from ansible_collections.hsm.tde.plugins.module_utils.kmip.access import kmip_ac
 from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.tests.integration import killing, mariadb
 from ansible_collections.hsm.tde.tests.integration.estate import PASSPHRASE, RECOVERY, SLOTS
-from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer
+from ansible_collections.hsm.tde.tests.integration.kmip import OWN_PASSPHRASE, WAYS, KmipServer
 from ansible_collections.hsm.tde.tests.integration.mariadb import FORMER, FormerHost, Host
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not mariadb.usable(), reason="needs root, MariaDB's server and SoftHSM")]
@@ -139,12 +139,6 @@ def test_a_rotation_killed_at_random_moments(home: Path, count: int) -> None:
 
 # --- what the keys are protected by
 
-OWN_PASSPHRASE = "a passphrase of its own"
-WAYS: dict[str, dict[str, t.Any]] = {
-    "passphrase": {"name": "primary", "protection": "passphrase", "passphrase": OWN_PASSPHRASE},
-    "token": {"name": "primary", "token_label": "demo"},
-    "kmip": {"name": "primary", "protection": "kmip"},
-}
 #: From the token: each to each other.
 ROUND = ("kmip", "passphrase", "token", "passphrase", "kmip", "token")
 #: Kills on the way to each.

@@ -25,19 +25,13 @@ from ansible_collections.hsm.tde.plugins.module_utils.kmip.client import Client
 from ansible_collections.hsm.tde.plugins.module_utils.storage import fscrypt
 from ansible_collections.hsm.tde.tests.integration import killing, support
 from ansible_collections.hsm.tde.tests.integration.estate import PASSPHRASE, RECOVERY, Estate, estate, usable
-from ansible_collections.hsm.tde.tests.integration.kmip import KmipServer
+from ansible_collections.hsm.tde.tests.integration.kmip import OWN_PASSPHRASE, WAYS, KmipServer
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not usable(), reason="needs root, PostgreSQL, SoftHSM and loop devices")]
 
 FEW, MANY = 3, 50
 SEED = int(os.environ.get("HSM_TDE_KILL_SEED", "4711"))
 
-OWN_PASSPHRASE = "a passphrase of its own"
-WAYS: dict[str, dict[str, t.Any]] = {
-    "passphrase": {"name": "primary", "protection": "passphrase", "passphrase": OWN_PASSPHRASE},
-    "token": {"name": "primary", "token_label": "demo"},
-    "kmip": {"name": "primary", "protection": "kmip"},
-}
 #: Each to each other.
 ROUND = ("token", "kmip", "passphrase", "kmip", "token", "passphrase")
 

@@ -17,16 +17,6 @@ from ansible_collections.hsm.tde.tests.integration.oracle import NEW, OLD, SOFT,
 
 pytestmark = pytest.mark.root
 
-_BOUNCE = """
-import pathlib
-from oracledb.database import Database
-database = Database(pathlib.Path(%r))
-database.bounce()
-with database.change() as state:
-    for number, one in state["containers"].items():
-        one["open"] = number != "2"
-"""
-
 
 class Play:
     """Runs roles on a site; the database's restart and what is paused are files of tasks, as a user has them.
@@ -43,7 +33,7 @@ class Play:
             f'#!/bin/sh\nexport ORACLEDB_STANDIN={site.database.path} PYTHONPATH={oracle.STANDIN}\nexec {sys.executable} "$@"\n'
         )
         python.chmod(0o755)
-        (home / "bounce.py").write_text(_BOUNCE % str(site.database.path))
+        (home / "bounce.py").write_text(oracle.BOUNCE % str(site.database.path))
         self._tasks("restart", {"argv": [str(python), str(home / "bounce.py")]})
         for name in ("pause", "resume"):
             self._tasks(name, {"argv": ["sh", "-c", f"echo {name} $(wc -l < {journal}) >> {self.marks}"]})

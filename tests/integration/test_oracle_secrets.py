@@ -23,16 +23,6 @@ WATCH = support.ROOT / "tests/tools/watch_secrets.py"
 #: Every credential of the test, and one that is mistyped; ``acs`` and ``sys`` are what the stand-ins were made with.
 NAMES = ("module", "one", "new", "two", "cards", "software", "mistyped", "acs", "sys")
 
-_BOUNCE = """
-import pathlib
-from oracledb.database import Database
-database = Database(pathlib.Path(%r))
-database.bounce()
-with database.change() as state:
-    for number, one in state["containers"].items():
-        one["open"] = number != "2"
-"""
-
 
 class Host:
     """A host with an Oracle database, all of whose credentials are in files of one folder."""
@@ -58,7 +48,7 @@ class Host:
             f'#!/bin/sh\nexport ORACLEDB_STANDIN={home}/oracle PYTHONPATH={oracle.STANDIN}\nexec {sys.executable} "$@"\n'
         )
         python.chmod(0o755)
-        (home / "bounce.py").write_text(_BOUNCE % f"{home}/oracle")
+        (home / "bounce.py").write_text(oracle.BOUNCE % f"{home}/oracle")
         restart = {
             "name": "Restart it",
             "ansible.builtin.command": {"argv": [str(python), f"{home}/bounce.py"]},
